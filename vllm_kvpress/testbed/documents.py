@@ -1,0 +1,327 @@
+"""Seeded long documents with hidden facts, and questions about them.
+
+The bundled model learned a fixed language: facts hidden between sentences of a small filler
+grammar, and questions whose wording repeats the fact's (``the pass code of alice is this: 48213.``
+is asked as ``what is the pass code of alice? answer:``). This module speaks exactly that language.
+Every word is one token of the model's tokenizer, every digit and punctuation mark too, so lengths
+are exact.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol, get_args
+
+Task = Literal["needle", "multi_key", "multi_value", "chain"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+NAMES = (
+    "alice bruno carla diego elena felix greta henry irene jonas karen lucas maria nolan olive "
+    "pedro quinn rosa simon tessa ursula victor wanda xavier yvonne zelda adam bella colin daisy "
+    "edgar fiona george hanna ivan julia kevin laura martin nadia oscar paula ralph sofia thomas "
+    "vera walter yusuf zara amber boris cecil donna ernest flora gavin hazel isaac janet kurt "
+    "linda"
+).split()
+VARIABLES = (
+    "zor kip lum dax fen gub hix jov kem lop miv nuz pog qar rud sef tiv vok wem yad zil bex cor "
+    "dum fip gam hol juk kas ler mup nid pax qib rem sol tug vim wok yun zeb bal cif dob fur gid "
+    "hep"
+).split()
+NOUNS = (
+    "garden river market harbor bridge castle forest village meadow station library kitchen "
+    "window lantern wagon ladder basket mirror carpet blanket candle orchard valley mountain "
+    "island tower chapel cottage stable barn mill road path field lake pond shore boat train "
+    "engine clock piano violin drum flute painting statue letter parcel book map journal ticket "
+    "coin button ribbon hat coat scarf boot glove apple pear plum cherry bread cheese soup cake "
+    "table chair bench shelf"
+).split()
+ADJECTIVES = (
+    "old new small large quiet noisy bright dark heavy light narrow wide empty full clean dusty "
+    "broken simple strange gentle rough smooth warm cold wet dry tall short young ancient green "
+    "red blue yellow white black grey brown golden silver hidden open closed busy distant"
+).split()
+VERBS = (
+    "crossed watched found carried painted repaired visited followed cleaned opened built moved "
+    "forgot remembered described admired ignored counted measured bought sold lost kept pushed"
+).split()
+ADVERBS = "slowly quickly quietly often rarely always never again today yesterday gladly".split()
+PLACES = "behind under above beside beyond inside around across".split()
+ORDINALS = ("one", "two", "three", "four")
+
+CODE_DIGITS = 5
+NAMED_FILLER_SHARE = 0.1
+MULTI_KEY_DISTRACTORS = (8, 32)
+MULTI_VALUES = (2, 4)
+CHAIN_HOPS = (2, 3)
+CHAIN_DISTRACTORS = 3
+# Room for the sequence-start token and the question at the end, and for a few sentences of filler.
+MIN_TOKENS = 128
+
+
+class Tokenizer(Protocol):
+    """What this module needs of a tokenizer: the tokens of a text, special ones included."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Return the token ids of ``text``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question at the end of a document.
+
+    Attributes:
+        text: The question, without the chat template's ``answer:``.
+        answer: What the model generates for it.
+    """
+
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """A long text with hidden facts.
+
+    Attributes:
+        text: The sentences, separated by single spaces.
+        questions: Questions that the text answers.
+        num_facts: How many facts it hides, distractors included.
+    """
+
+    text: str
+    questions: tuple[Question, ...]
+    num_facts: int
+
+    def message(self, question: Question) -> str:
+        """Return the user message of a chat request that asks ``question`` after the document."""
+        return f"{self.text} {question.text}"
+
+    def prompt(self, question: Question) -> str:
+        """Return the whole prompt for a completion request, as the chat template writes it."""
+        return f"{self.message(question)} answer:"
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """The facts of a document, the question about them, and the place of the first one asked for.
+
+    Where the order of the facts carries meaning, they appear as they stand here.
+    """
+
+    facts: tuple[str, ...]
+    question: Question
+    target: int
+    ordered: bool
+
+
+def is_correct(question: Question, generated: str) -> bool:
+    """Return whether generated text is the expected answer, whitespace and case aside."""
+    return _normalise(generated) == _normalise(question.answer)
+
+
+def make_document(
+    task: Task,
+    *,
+    num_tokens: int,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    depth: float | None = None,
+) -> Document:
+    """Write a document whose prompt fills a token count to within one sentence, never above it.
+
+    Args:
+        task: ``needle`` (one fact), ``multi_key`` (one fact among 8 to 32 of the same form),
+            ``multi_value`` (2 to 4 facts about one name) or ``chain`` (a value over 2 or 3 hops).
+        num_tokens: Upper limit of the whole prompt, question and sequence-start token included.
+        seed: Draws everything; the same arguments give the same document.
+        tokenizer: Counts tokens; by default an exact count for the bundled model's tokenizer.
+        depth: Where the fact in question stands, 0 for the start and 1 for the end of the text; by
+            default facts are spread at random. For a task with several facts in question, their
+            first.
+
+    Returns:
+        The document with its question.
+
+    Raises:
+        ValueError: If the task is unknown, the depth is not in [0, 1], or the facts do not fit.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if depth is not None and not 0.0 <= depth <= 1.0:
+        raise ValueError(f"depth must lie between 0 and 1, got {depth}")
+    if num_tokens < MIN_TOKENS:
+        raise ValueError(f"num_tokens must be at least {MIN_TOKENS}, got {num_tokens}")
+    rng = random.Random(f"{task}/{num_tokens}/{seed}")
+    count = count_tokens if tokenizer is None else _counter(tokenizer)
+    plot = _PLOTS[task](rng, num_tokens)
+    budget = num_tokens - count(f"{plot.question.text} answer:")
+    filler = _filler(rng, budget - sum(_cost(count, fact) for fact in plot.facts), count)
+    sentences = _interleave(rng, plot, filler, depth)
+    return Document(" ".join(sentences), (plot.question,), len(plot.facts))
+
+
+def count_tokens(text: str) -> int:
+    """Count the tokens of a text of this module's language, sequence-start token included.
+
+    A word is one token and so are a digit and a punctuation mark; a number standing after a space
+    is preceded by a token for that space.
+    """
+    pieces = re.findall(r" ?[a-z]+|(?: |^)(?=\d)|\d|[^\w\s]", text)
+    return 1 + len(pieces)
+
+
+def _counter(tokenizer: Tokenizer) -> Callable[[str], int]:
+    """Return a function that counts with ``tokenizer``, sequence-start token included."""
+    return lambda text: len(tokenizer.encode(text))
+
+
+def _cost(count: Callable[[str], int], sentence: str) -> int:
+    """Return the tokens that a sentence adds to a text."""
+    return count(sentence) - count("")
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _code(rng: random.Random) -> str:
+    """Draw a code whose first digit is not zero."""
+    return str(rng.randint(10 ** (CODE_DIGITS - 1), 10**CODE_DIGITS - 1))
+
+
+def _codes(rng: random.Random, number: int) -> list[str]:
+    """Draw distinct codes."""
+    codes: dict[str, None] = {}
+    while len(codes) < number:
+        codes[_code(rng)] = None
+    return list(codes)
+
+
+def _needle(rng: random.Random, num_tokens: int) -> _Plot:
+    """One fact about one name."""
+    return _keyed_plot(rng, 1)
+
+
+def _multi_key(rng: random.Random, num_tokens: int) -> _Plot:
+    """One fact in question among others of the same form, as many as a short text has room for."""
+    low, high = MULTI_KEY_DISTRACTORS
+    room = max(low, min(high, num_tokens // 32))
+    return _keyed_plot(rng, 1 + rng.randint(low, room))
+
+
+def _keyed_plot(rng: random.Random, number: int) -> _Plot:
+    """Facts about ``number`` names, one of them in question."""
+    names, codes = rng.sample(NAMES, number), _codes(rng, number)
+    facts = [f"the pass code of {n} is this: {c}." for n, c in zip(names, codes, strict=True)]
+    target = rng.randrange(number)
+    question = Question(f"what is the pass code of {names[target]}?", codes[target])
+    return _Plot(tuple(facts), question, target, ordered=False)
+
+
+def _multi_value(rng: random.Random, num_tokens: int) -> _Plot:
+    """Several numbered facts about one name, all in question."""
+    number = rng.randint(*MULTI_VALUES)
+    name, codes = rng.choice(NAMES), _codes(rng, number)
+    facts = [
+        f"the pass code of {name} number {ordinal}: {code}."
+        for ordinal, code in zip(ORDINALS, codes, strict=False)
+    ]
+    answer = ", ".join(f"{o}: {c}" for o, c in zip(ORDINALS, codes, strict=False))
+    question = Question(f"list the {ORDINALS[number - 1]} pass codes of {name}.", answer)
+    return _Plot(tuple(facts), question, 0, ordered=True)
+
+
+def _chain(rng: random.Random, num_tokens: int) -> _Plot:
+    """A value and variables that point to it in a row, beside other variables with values."""
+    hops = rng.randint(*CHAIN_HOPS)
+    variables = rng.sample(VARIABLES, hops + CHAIN_DISTRACTORS)
+    chain, others = variables[:hops], variables[hops:]
+    codes = _codes(rng, 1 + CHAIN_DISTRACTORS)
+    links = [f"{chain[0]}= {codes[0]};"]
+    links += [f"{name}= {source};" for source, name in pairwise(chain)]
+    distractors = [f"{name}= {code};" for name, code in zip(others, codes[1:], strict=True)]
+    facts, target = _merge_in_order(rng, links, distractors)
+    trace = " ".join(f"{name}=" for name in reversed(chain))
+    question = Question(f"what value has {chain[-1]}?", f"{trace} {codes[0]}")
+    return _Plot(tuple(facts), question, target, ordered=True)
+
+
+def _merge_in_order(
+    rng: random.Random, links: list[str], others: list[str]
+) -> tuple[list[str], int]:
+    """Mix two lists, keeping the order within each; return the mix and the first link's place."""
+    places = sorted(rng.sample(range(len(links) + len(others)), len(links)))
+    merged = list(others)
+    for place, link in zip(places, links, strict=True):
+        merged.insert(place, link)
+    return merged, places[0]
+
+
+_PLOTS: dict[str, Callable[[random.Random, int], _Plot]] = {
+    "needle": _needle,
+    "multi_key": _multi_key,
+    "multi_value": _multi_value,
+    "chain": _chain,
+}
+
+
+def _filler(rng: random.Random, budget: int, count: Callable[[str], int]) -> list[str]:
+    """Write sentences without facts until the next one would exceed the budget."""
+    if budget < 0:
+        raise ValueError(f"the facts need {-budget} tokens more than the document has")
+    sentences: list[str] = []
+    while True:
+        sentence = _sentence(rng)
+        budget -= _cost(count, sentence)
+        if budget < 0:
+            return sentences
+        sentences.append(sentence)
+
+
+def _sentence(rng: random.Random) -> str:
+    """Write one sentence of the filler grammar."""
+    named = rng.random() < NAMED_FILLER_SHARE
+    subject = rng.choice(NAMES) if named else f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    tail = rng.choice(
+        ("", f" {rng.choice(ADVERBS)}", f" {rng.choice(PLACES)} the {rng.choice(NOUNS)}")
+    )
+    return f"{subject} {rng.choice(VERBS)} the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}{tail}."
+
+
+def _interleave(
+    rng: random.Random, plot: _Plot, filler: list[str], depth: float | None
+) -> list[str]:
+    """Put the facts between filler sentences, the target at ``depth`` when one is given.
+
+    A fact never opens the text: the model has not seen a variable as the first word.
+    """
+    last = len(filler)
+    placed = sorted(zip(_slots(rng, plot, last, depth), range(len(plot.facts)), strict=True))
+    sentences: list[str] = []
+    for index in range(last + 1):
+        sentences += [plot.facts[fact] for slot, fact in placed if slot == index]
+        sentences += filler[index : index + 1]
+    return sentences
+
+
+def _slots(rng: random.Random, plot: _Plot, last: int, depth: float | None) -> list[int]:
+    """Draw for each fact the number of filler sentences before it."""
+    first = min(1, last)
+    if depth is None:
+        slots = [rng.randint(first, last) for _ in plot.facts]
+        return sorted(slots) if plot.ordered else slots
+    middle = max(first, round(depth * last))
+    slots = []
+    for fact in range(len(plot.facts)):
+        low = middle if plot.ordered and fact > plot.target else first
+        high = middle if plot.ordered and fact < plot.target else last
+        slots.append(rng.randint(low, high))
+    slots[plot.target] = middle
+    if plot.ordered:
+        slots.sort()
+    return slots
