@@ -1,0 +1,1 @@
+"""The bundled policy files, one YAML a policy; installed as ``vllm_kvpress.configs``."""
