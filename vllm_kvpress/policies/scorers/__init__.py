@@ -1,0 +1,1 @@
+"""One file per method; `vllm_kvpress.policies.registry` imports them by name."""
