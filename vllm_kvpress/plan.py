@@ -1,0 +1,338 @@
+"""The retention plan: which blocks of a request live where, as pure integers.
+
+One function of (prompt length, computed tokens, policy) decides what is freed. The
+scheduler-side managers and the worker-side metadata builder both call it, so no message
+ever travels from the device to the scheduler. Which *tokens* survive is data and is decided
+on the worker; *how many* survive is decided here.
+
+Words used below, all in tokens unless a name says blocks:
+
+    P         num_prompt_tokens
+    x         num_computed_tokens at the start of a step
+    event     a position E = P (end of the prompt) or P + k * every_decode_tokens at which a
+              scorer picks survivors; an event with E <= budget does nothing
+    tail      E mod block_size: tokens of the open block, which stay in staging
+    store     floor((budget - tail) / block_size) whole blocks of survivors
+
+    staging   [ free ........... | tail | new tokens -> ]
+                                 ^ first_block * block_size
+    store     [ survivors ...... ]
+                head_blocks
+    attention reads head_blocks (of the store, or of staging's sinks), then staging from
+    first_block on.
+
+An event at E is due in the step whose chunk [x, y) has x < E <= y, takes place before the next
+step, and shapes attention from there on. Managers free its blocks one step later still.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from vllm_kvpress.config import Policy
+    from vllm_kvpress.policies.scorer import Scorer
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Layout(NamedTuple):
+    """What attention reads of one request: `head_blocks` blocks, then staging's blocks.
+
+    Attributes:
+        head_blocks: Whole blocks in front: of the store when the plan has one, else the
+            first blocks of staging (the sinks).
+        first_block: Index of the first staging block that follows them.
+    """
+
+    head_blocks: int
+    first_block: int
+
+
+@dataclass(frozen=True)
+class RetentionPlan:
+    """Counts and positions of everything a policy keeps.
+
+    Attributes:
+        block_size: Tokens in a block.
+        sink_tokens: First tokens of a request, never evicted.
+        recent_tokens: Newest tokens at an event, never evicted.
+        budget_tokens: Tokens kept per layer and KV head, or None when `keep_ratio` rules.
+        keep_ratio: Share of the prompt kept, fixed at the end of the prompt.
+        store: True if survivors move to a private store; False if the plan alone decides
+            and only sinks and a sliding window of staging stay (StreamingLLM).
+        prompt_end: Whether the end of the prompt is an event.
+        every_decode_tokens: Distance of decode events; 0 for none.
+        query_window: Last prompt queries that the scorer needs; 0 for none.
+        queries_per_block: Query rows that fit in one block of the query lane.
+        positions_per_block: Kept positions (for all KV heads) that fit in one block of the
+            position lane; 0 if the scorer needs no positions.
+    """
+
+    block_size: int
+    sink_tokens: int
+    recent_tokens: int
+    budget_tokens: int | None
+    keep_ratio: float | None
+    store: bool = True
+    prompt_end: bool = True
+    every_decode_tokens: int = 0
+    query_window: int = 0
+    queries_per_block: int = 0
+    positions_per_block: int = 0
+
+    @classmethod
+    def from_policy(
+        cls,
+        policy: Policy,
+        scorer: Scorer,
+        *,
+        block_size: int,
+        queries_per_block: int = 1,
+        positions_per_block: int = 1,
+    ) -> RetentionPlan:
+        """Returns the plan of `policy` for an engine with the given block geometry."""
+        evict = policy.evict
+        assert evict is not None
+        needs_positions = "positions" in scorer.needs and evict.when.every_decode_tokens > 0
+        budget = evict.budget
+        tokens = policy.sink_tokens + policy.recent_tokens if budget is None else budget.tokens
+        return cls(
+            block_size=block_size,
+            sink_tokens=policy.sink_tokens,
+            recent_tokens=policy.recent_tokens,
+            budget_tokens=tokens,
+            keep_ratio=None if budget is None else budget.keep_ratio,
+            store=scorer.selects == "tokens",
+            prompt_end=evict.when.prompt_end,
+            every_decode_tokens=evict.when.every_decode_tokens,
+            query_window=scorer.query_window,
+            queries_per_block=queries_per_block if scorer.query_window else 0,
+            positions_per_block=positions_per_block if needs_positions else 0,
+        )
+
+    # ---- budget and events ---------------------------------------------------------------
+
+    @property
+    def least_budget(self) -> int:
+        """Smallest budget in tokens that can hold sinks and recent tokens in whole blocks."""
+        return self.sink_tokens + self.recent_tokens + self.block_size - 1
+
+    def budget(self, num_prompt_tokens: int) -> int:
+        """Returns the tokens kept per layer and KV head for a prompt of this length."""
+        if self.budget_tokens is not None:
+            return self.budget_tokens
+        assert self.keep_ratio is not None
+        return max(int(self.keep_ratio * num_prompt_tokens), self.least_budget)
+
+    def last_event(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Returns the last effective event at or before `num_tokens`, or 0 if there is none."""
+        over = num_tokens - num_prompt_tokens
+        if not self.store or over < 0:
+            return 0
+        if self.every_decode_tokens:
+            event = num_tokens - over % self.every_decode_tokens
+            if event == num_prompt_tokens and not self.prompt_end:
+                return 0
+        else:
+            event = num_prompt_tokens
+        return event if event > self.budget(num_prompt_tokens) else 0
+
+    def due_event(self, num_prompt_tokens: int, start: int, end: int) -> int:
+        """Returns the event of a step that computes [start, end), or 0 if there is none.
+
+        Several events inside one chunk collapse into the last one.
+        """
+        event = self.last_event(num_prompt_tokens, end)
+        return event if event > start else 0
+
+    def store_blocks(self, num_prompt_tokens: int, event: int) -> int:
+        """Returns the whole blocks that the store holds after the event at `event`."""
+        if not event:
+            return 0
+        budget = self.budget(num_prompt_tokens)
+        return max(0, budget - event % self.block_size) // self.block_size
+
+    # ---- what attention reads ------------------------------------------------------------
+
+    def layout(self, num_prompt_tokens: int, num_computed_tokens: int) -> Layout:
+        """Returns what attention reads in a step that starts at `num_computed_tokens`."""
+        if self.store:
+            event = self.last_event(num_prompt_tokens, num_computed_tokens)
+            return Layout(self.store_blocks(num_prompt_tokens, event), event // self.block_size)
+        if num_computed_tokens < num_prompt_tokens:
+            return Layout(0, 0)
+        window = self.budget(num_prompt_tokens) - self.sink_tokens
+        first = max(0, num_computed_tokens - window) // self.block_size
+        return Layout(self.sink_blocks, first) if first > self.sink_blocks else Layout(0, 0)
+
+    def layouts(
+        self, num_prompt_tokens: IntArray, num_computed_tokens: IntArray
+    ) -> tuple[IntArray, IntArray]:
+        """Returns `layout` of many requests at once.
+
+        Args:
+            num_prompt_tokens: int64 [num_reqs].
+            num_computed_tokens: int64 [num_reqs].
+
+        Returns:
+            (head_blocks, first_block), both int64 [num_reqs].
+        """
+        budgets = self._budgets(num_prompt_tokens)
+        over = num_computed_tokens - num_prompt_tokens
+        if self.store:
+            if self.every_decode_tokens:
+                events = num_computed_tokens - over % self.every_decode_tokens
+                happened = (over >= 0) & (self.prompt_end | (events > num_prompt_tokens))
+            else:
+                events = num_prompt_tokens
+                happened = over >= 0
+            events = np.where(happened & (events > budgets), events, 0)
+            heads = np.maximum(0, budgets - events % self.block_size) // self.block_size
+            return np.where(events > 0, heads, 0), events // self.block_size
+        window = budgets - self.sink_tokens
+        first = np.maximum(0, num_computed_tokens - window) // self.block_size
+        sinks = self.sink_blocks
+        dropped = (over >= 0) & (first > sinks)
+        return np.where(dropped, sinks, 0), np.where(dropped, first, 0)
+
+    def _budgets(self, num_prompt_tokens: IntArray) -> IntArray:
+        if self.budget_tokens is not None:
+            return np.full_like(num_prompt_tokens, self.budget_tokens)
+        assert self.keep_ratio is not None
+        kept = (self.keep_ratio * num_prompt_tokens).astype(np.int64)
+        return np.maximum(kept, self.least_budget)
+
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks that the sinks occupy in staging."""
+        return -(-self.sink_tokens // self.block_size)
+
+    def physical_tokens(self, num_prompt_tokens: int, start: int, end: int) -> int:
+        """Returns the tokens that attention reads for the last query of chunk [start, end)."""
+        head_blocks, first_block = self.layout(num_prompt_tokens, start)
+        return end - (first_block - head_blocks) * self.block_size
+
+    # ---- what the pool holds -------------------------------------------------------------
+
+    def freed_staging(self, num_prompt_tokens: int, settled_tokens: int) -> tuple[int, int]:
+        """Returns the half-open range of staging blocks that are free.
+
+        Args:
+            num_prompt_tokens: Tokens of the prompt.
+            settled_tokens: Position before the last scheduled step: every event up to it
+                has run, or runs before anything that is scheduled from now on.
+        """
+        layout = self.layout(num_prompt_tokens, settled_tokens)
+        return (0 if self.store else layout.head_blocks), layout.first_block
+
+    def store_capacity(self, num_prompt_tokens: int) -> int:
+        """Returns the store blocks a request ever holds, in whole blocks.
+
+        They are taken at the first event and kept until the request ends.
+        """
+        if not self.store:
+            return 0
+        budget = self.budget(num_prompt_tokens)
+        if self.every_decode_tokens % self.block_size:
+            return budget // self.block_size
+        return max(0, budget - num_prompt_tokens % self.block_size) // self.block_size
+
+    def store_need(self, num_prompt_tokens: int, end: int) -> int:
+        """Returns the store blocks needed by a step that computes up to `end`."""
+        if not self.last_event(num_prompt_tokens, end):
+            return 0
+        return self.store_capacity(num_prompt_tokens)
+
+    def position_need(self, num_prompt_tokens: int, end: int) -> int:
+        """Returns the position-lane blocks needed by a step that computes up to `end`."""
+        if not self.positions_per_block:
+            return 0
+        tokens = self.store_need(num_prompt_tokens, end) * self.block_size
+        return -(-tokens // self.positions_per_block)
+
+    @property
+    def query_blocks(self) -> int:
+        """Query-lane blocks that hold one observation window."""
+        if not self.query_window:
+            return 0
+        return -(-self.query_window // self.queries_per_block)
+
+    def query_start(self, num_prompt_tokens: int) -> int:
+        """Returns the first position whose query is kept for the event."""
+        return max(0, num_prompt_tokens - self.query_window)
+
+    def query_need(self, num_prompt_tokens: int, end: int) -> int:
+        """Returns the query-lane blocks needed by a step that computes up to `end`.
+
+        A prompt within its budget has no event and needs none.
+        """
+        if not self.query_window or num_prompt_tokens <= self.budget(num_prompt_tokens):
+            return 0
+        return self.query_blocks if end > self.query_start(num_prompt_tokens) else 0
+
+    def queries_freed(self, num_prompt_tokens: int, settled_tokens: int) -> bool:
+        """Whether the query window has served its event."""
+        return settled_tokens >= num_prompt_tokens
+
+    def hit_limit(self, num_prompt_tokens: int) -> int:
+        """Returns the longest prefix-cache hit, in tokens, that leaves every event to come.
+
+        A resumed request has more tokens than its prompt; a hit that reached the end of the
+        prompt would skip the event there, or the queries that it needs.
+        """
+        return max(0, num_prompt_tokens - max(1, self.query_window))
+
+    # ---- figures for sizing and for people -----------------------------------------------
+
+    def store_bound(self, num_tokens: int) -> int:
+        """Returns an upper bound on store blocks for a sequence of this length.
+
+        It covers every split of `num_tokens` into prompt and output: the admission gate,
+        which does not know the split, and start-up sizing use the same figure.
+        """
+        least = self.least_budget if self.budget_tokens is None else self.budget_tokens
+        if not self.store or num_tokens <= least:
+            return 0
+        return min(self.budget(num_tokens), num_tokens) // self.block_size
+
+    def position_bound(self, num_tokens: int) -> int:
+        """Returns an upper bound on position-lane blocks for a sequence of this length."""
+        if not self.positions_per_block:
+            return 0
+        return -(-self.store_bound(num_tokens) * self.block_size // self.positions_per_block)
+
+    def query_bound(self, num_tokens: int) -> int:
+        """Returns an upper bound on query-lane blocks for a sequence of this length."""
+        return self.query_blocks if self.store_bound(num_tokens) else 0
+
+    def peak_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> int:
+        """Returns the most blocks that one request holds at a time.
+
+        The maximum falls at the end of the prompt: exact staging, store and query window
+        together, plus the tokens of the two steps before the first block is freed.
+        """
+        end = num_prompt_tokens + min(2, num_output_tokens)
+        staging = -(-end // self.block_size)
+        private = (
+            self.store_need(num_prompt_tokens, num_prompt_tokens)
+            + self.position_need(num_prompt_tokens, num_prompt_tokens)
+            + self.query_need(num_prompt_tokens, num_prompt_tokens)
+        )
+        return max(staging + private, self.steady_blocks(num_prompt_tokens, num_output_tokens))
+
+    def steady_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> int:
+        """Returns the blocks that one request holds when it has generated so many tokens."""
+        end = num_prompt_tokens + num_output_tokens
+        settled = max(num_prompt_tokens, end - 2)
+        freed_from, freed_to = self.freed_staging(num_prompt_tokens, settled)
+        staging = -(-end // self.block_size) - (freed_to - freed_from)
+        return (
+            staging
+            + self.store_need(num_prompt_tokens, settled)
+            + self.position_need(num_prompt_tokens, settled)
+        )
