@@ -1,0 +1,243 @@
+import json
+import re
+
+import pytest
+
+from vllm_kvpress.cli import main
+from vllm_kvpress.config import load_policy
+from vllm_kvpress.plan import RetentionPlan
+from vllm_kvpress.policies import resolve
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes a model folder that holds nothing but a config.json."""
+
+    def write(**changes):
+        config = {key: value for key, value in {**LLAMA, **changes}.items() if value is not None}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return write
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command and returns (exit code, stdout, stderr)."""
+
+    def command(*words):
+        code = main(words)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def figures(text, row):
+    """The two numbers of one row of explain's table."""
+    line = next(line for line in text.splitlines() if line.startswith(row))
+    return [float(word.replace(",", "")) for word in re.findall(r"[\d,.]+", line.removeprefix(row))]
+
+
+def test_policies_prints_a_line_each_with_the_paper(run):
+    code, out, err = run("policies")
+
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert len(lines) == 6
+    assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
+    assert re.search(r"^snapkv +.*\[arXiv 2404\.14469, SnapKV", out, re.MULTILINE)
+
+
+def test_check_prints_the_policy_in_full(run, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: snapkv\nevict: {budget: {keep_ratio: 0.5}}\n")
+
+    code, out, _ = run("check", str(file))
+
+    assert code == 0
+    assert "name: mine\n" in out
+    assert "keep_ratio: 0.5\n" in out
+    assert "SnapKVScorer(window=32, pool=5, pooling='avg')" in out
+
+
+def test_what_check_prints_is_a_policy_file_again(run, tmp_path):
+    first = tmp_path / "snapkv.yaml"
+    first.write_text("base: snapkv\n")
+    second = tmp_path / "again.yaml"
+
+    second.write_text(run("check", str(first))[1])
+
+    assert load_policy(second).to_json() == load_policy("snapkv").to_json()
+
+
+def test_explain_takes_every_figure_from_the_plan(run, model):
+    code, out, err = run(
+        "explain", "snapkv", "--model", model(), "--prompt-tokens", "8000",
+        "--output-tokens", "500", "--block-size", "16",
+    )  # fmt: skip
+
+    policy = load_policy("snapkv")
+    # One query takes 32 heads of 128 channels; a page has 16 * 2 * 8 * 128 elements.
+    plan = RetentionPlan.from_policy(policy, resolve(policy), block_size=16, queries_per_block=8)
+    full = -(-8500 // 16)
+    steady, peak = plan.steady_blocks(8000, 500), plan.peak_blocks(8000, 500)
+    running = 1 + (10 * full - peak) // steady
+    assert (code, err) == (0, "")
+    assert figures(out, "bytes per token held") == [131072, 131072]
+    assert figures(out, "blocks at the prompt's end (peak)") == [500, peak]
+    assert figures(out, "blocks while it generates") == [full, steady]
+    assert figures(out, f"requests at once in {10 * full} blocks") == [10, running]
+    assert figures(out, "tokens that attention reads") == [
+        8500,
+        plan.physical_tokens(8000, 8499, 8500),
+    ]
+    assert steady < full / 4
+    assert "the first 4 and the newest 64 tokens" in out
+    assert "SnapKVScorer(window=32, pool=5, pooling='avg'), which reads keys, queries" in out
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "random", "knorm", "keydiff", "snapkv"])
+def test_explain_works_for_every_policy_on_the_bundled_model(run, policy):
+    code, out, err = run("explain", policy, "--model", "testbed")
+
+    assert (code, err) == (0, "")
+    assert "4 full-attention layers, 4 KV heads of 64 channels, bfloat16" in out
+    before, after = figures(out, "requests at once in 2720 blocks")
+    assert after > before
+
+
+def test_explain_of_a_prompt_within_the_budget(run):
+    out = run("explain", "snapkv", "--model", "testbed", "--prompt-tokens", "1000")[1]
+
+    before, after = figures(out, "blocks while it generates")
+    assert after == before
+    assert "within the budget: nothing of it is evicted" in out
+
+
+def test_explain_says_when_and_where(run):
+    stream = run("explain", "streaming_llm", "--model", "testbed")[1]
+    decode = run("explain", "knorm:every_decode_tokens=64", "--model", "testbed")[1]
+
+    assert "from the prompt's end on, block by block" in stream
+    assert "once at the prompt's end and every 64 generated tokens" in decode
+    assert "0.25 of the prompt, at least 83 tokens" in decode
+
+
+def test_explain_leaves_sliding_window_layers_to_vllm(run, model):
+    kinds = ["sliding_attention", "full_attention"] * 16
+
+    out = run("explain", "snapkv", "--model", model(layer_types=kinds, sliding_window=4096))[1]
+
+    assert "16 full-attention layers" in out
+    assert "16 sliding-window layers are left to vLLM" in out.splitlines()[0]
+    assert figures(out, "bytes per token held")[0] == 131072 / 2
+
+
+def test_sliding_window_that_is_switched_off_does_not_count(run, model):
+    folder = model(sliding_window=4096, use_sliding_window=False)
+
+    assert "32 full-attention layers, 8" in run("explain", "snapkv", "--model", folder)[1]
+
+
+def test_explain_reads_sizes_from_vllm_options(run, model):
+    out = run(
+        "explain", "snapkv", "--model", model(), "--", "--block-size=32", "--max-model-len", "16K"
+    )[1]
+
+    assert "One request of 8192 prompt and 256 generated tokens, block size 32" in out
+
+
+def test_explain_reports_conflicting_options(run, model):
+    code, out, err = run(
+        "explain", "snapkv", "--model", model(), "--",
+        "--enable-prefix-caching", "--speculative-config", '{"method": "ngram"}', "-pp", "2",
+        "-tp=4", "--attention-config.use_non_causal", "true",
+    )  # fmt: skip
+
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "--speculative-config, --pipeline-parallel-size, --attention-config" in err
+    assert "Drop --speculative-config" in out
+    assert "blocks while it generates" in out
+    assert "tensor-parallel-size" not in err
+
+
+def test_explain_without_conflicts(run):
+    code, out, _ = run("explain", "snapkv", "--model", "testbed", "--", "--enable-lora")
+
+    assert code == 0
+    assert "none with the given options" in out
+
+
+MLA = {"kv_lora_rank": 512, "q_lora_rank": 1536}
+WRONG_MODEL = [
+    (MLA, ["multi-head latent attention", "latents"]),
+    ({"is_encoder_decoder": True}, ["encoder-decoder"]),
+    ({"sliding_window": 4096}, ["all have a sliding window"]),
+    ({"layer_types": ["sliding_attention"] * 32}, ["all have a sliding window"]),
+    ({"layer_types": ["linear_attention"] * 31 + ["full_attention"]}, ["hybrid", "Mamba"]),
+    ({"text_config": {}}, ["multimodal"]),
+    ({"alibi": True}, ["ALiBi"]),
+    ({"num_hidden_layers": None}, ["num_hidden_layers", "got None", "above 0"]),
+    ({"num_attention_heads": "32"}, ["num_attention_heads", "got '32'"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG_MODEL, ids=lambda value: str(value)[:40])
+def test_unusable_model_is_one_line(run, model, changes, words):
+    code, out, err = run("explain", "snapkv", "--model", model(**changes))
+
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert [word for word in words if word not in err] == []
+
+
+WRONG_WORDS = [
+    ([], ["command", "--help"]),
+    (["polices"], ["polices", "policies"]),
+    (["explain", "snapkv"], ["--model"]),
+    (["explain", "snapvk", "--model", "testbed"], ["Did you mean 'snapkv'?"]),
+    (["explain", "snapkv:pool=4", "--model", "testbed"], ["evict.scorer.pool", "odd"]),
+    (["explain", "snapkv", "--model", "no/such"], ["'no/such' is not on this machine", "testbed"]),
+    (["explain", "snapkv", "--model", "/no such/../x"], ["is not on this machine"]),
+    (["explain", "snapkv", "--model", "testbed", "--block-size", "0"], ["--block-size", "'0'"]),
+    (["explain", "snapkv", "--model", "testbed", "--block-size", "1e3"], ["--block-size"]),
+    (
+        ["explain", "snapkv", "--model", "testbed", "--prompt-tokens", "8192"],
+        ["--prompt-tokens leaves no room", "less than 8192"],
+    ),
+    (
+        ["explain", "snapkv:tokens=70", "--model", "testbed"],
+        ["evict.budget.tokens", "70 with block size 16", "at least 83"],
+    ),
+    (["explain", "snapkv", "--model", "testbed", "--", "--block-size", "x"], ["--block-size"]),
+    (["check", "missing.yaml"], ["'missing.yaml' cannot be read"]),
+    (["check", "snapkv"], ["has the wrong ending", ".yaml"]),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), WRONG_WORDS, ids=lambda value: " ".join(value)[:60])
+def test_bad_command_is_one_line(run, words, expected):
+    code, out, err = run(*words)
+
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert [word for word in expected if word not in err] == []
+
+
+def test_broken_config_json(run, tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100000)
+
+    code, _, err = run("explain", "snapkv", "--model", str(tmp_path))
+
+    assert code == 2
+    assert "no usable config.json" in err

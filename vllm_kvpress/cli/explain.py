@@ -1,0 +1,227 @@
+"""`vllm-kvpress explain`: what a policy keeps and frees on a model; figures from the plan."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_kvpress.cli.model_shape import ModelShape, read_model_shape
+from vllm_kvpress.cli.vllm_words import parse_vllm_words
+from vllm_kvpress.config import Policy, load_policy
+from vllm_kvpress.conflict_table import ALLOWED, refused_options
+from vllm_kvpress.errors import ConfigError, ConflictError, shown
+from vllm_kvpress.layout import CacheShape, positions_per_block, queries_per_block
+from vllm_kvpress.plan import RetentionPlan
+from vllm_kvpress.policies import Scorer, resolve
+
+__all__ = ["explain"]
+
+_BLOCK_SIZE = 16
+_OUTPUT_TOKENS = 256
+# The pool of the concurrency figure: a server's worth of memory, in uncompressed requests.
+_POOL_REQUESTS = 10
+_PIPE_COLUMNS = 120
+
+
+def explain(
+    policy_source: str,
+    model: str,
+    *,
+    max_model_len: int | None = None,
+    prompt_tokens: int | None = None,
+    output_tokens: int | None = None,
+    block_size: int | None = None,
+    vllm_words: list[str] | None = None,
+) -> None:
+    """Prints what the policy does to one request of the model.
+
+    Raises:
+        KVPressError: the policy, the model or a length is not usable.
+        ConflictError: a given vLLM option is refused with a policy; everything is printed first.
+    """
+    policy = load_policy(policy_source)
+    scorer = resolve(policy)
+    model_shape = read_model_shape(model)
+    options = parse_vllm_words(vllm_words or [])
+    block_size = block_size or _size_option(options, "block-size") or _BLOCK_SIZE
+    limit = max_model_len or _size_option(options, "max-model-len") or model_shape.max_tokens
+    cache = CacheShape(
+        block_size=block_size,
+        num_kv_heads=model_shape.num_kv_heads,
+        head_size=model_shape.head_size,
+        dtype=model_shape.dtype,
+    )
+    plan = _plan(policy, scorer, model_shape, cache)
+    num_prompt, num_output = _lengths(limit, prompt_tokens, output_tokens)
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width: 80 columns would break the tables
+        console = Console(highlight=False, width=_PIPE_COLUMNS)
+    console.print(
+        f"[bold]{policy.name}[/] on {escape(model_shape.label)}: {_describe(model_shape)}\n",
+        soft_wrap=True,
+    )
+    console.print(_kept_table(policy, scorer, plan))
+    console.print(
+        f"\n[bold]One request of {num_prompt} prompt and {num_output} generated tokens, "
+        f"block size {plan.block_size}[/]",
+        soft_wrap=True,
+    )
+    console.print(_blocks_table(plan, cache, model_shape, num_prompt, num_output))
+    console.print(_advice(plan, num_prompt, num_output) + "\n", soft_wrap=True)
+    _report_conflicts(console, options)
+
+
+def _plan(
+    policy: Policy, scorer: Scorer, model_shape: ModelShape, cache: CacheShape
+) -> RetentionPlan:
+    plan = RetentionPlan.from_policy(
+        policy,
+        scorer,
+        block_size=cache.block_size,
+        queries_per_block=queries_per_block(
+            cache.page_elements, model_shape.num_heads, cache.head_size
+        ),
+        positions_per_block=positions_per_block(cache.page_bytes, cache.num_kv_heads),
+    )
+    if plan.store and plan.budget_tokens is not None and plan.budget_tokens < plan.least_budget:
+        raise ConfigError(
+            "evict.budget.tokens cannot hold sinks and recent tokens in whole blocks",
+            got=f"{plan.budget_tokens} with block size {plan.block_size}",
+            allowed=f"at least {plan.least_budget}",
+            fix="Raise the budget, or lower recent_tokens or --block-size",
+        )
+    return plan
+
+
+def _lengths(limit: int, prompt: int | None, output: int | None) -> tuple[int, int]:
+    num_prompt = prompt if prompt is not None else max(1, limit // 2)
+    if num_prompt >= limit:
+        raise ConfigError(
+            "--prompt-tokens leaves no room for an answer",
+            got=str(num_prompt),
+            allowed=f"less than {limit} (--max-model-len)",
+        )
+    return num_prompt, min(output or _OUTPUT_TOKENS, limit - num_prompt)
+
+
+def _size_option(options: dict[str, str], name: str) -> int | None:
+    """The number that a vLLM option gives; vLLM takes 32k and the like, in thousands or 1024s."""
+    text = options.get(name)
+    if text is None:
+        return None
+    factors = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+    digits, factor = (text[:-1], factors[text[-1]]) if text[-1:] in factors else (text, 1)
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 10 and int(digits) > 0):
+        raise ConfigError(f"--{name} is not valid", got=shown(text), allowed="an integer above 0")
+    return int(digits) * factor
+
+
+def _describe(shape: ModelShape) -> str:
+    text = (
+        f"{shape.num_full_layers} full-attention layers, {shape.num_kv_heads} KV heads "
+        f"of {shape.head_size} channels, {shape.dtype}"
+    )
+    if shape.num_sliding_layers:
+        text += f"; {shape.num_sliding_layers} sliding-window layers are left to vLLM"
+    return text
+
+
+def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan) -> Table:
+    table = Table("What is kept", "", box=None, header_style="bold", pad_edge=False)
+    table.add_row(
+        "always", f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens"
+    )
+    if scorer.selects == "window":
+        table.add_row("beyond them", "nothing, up to whole blocks")
+        table.add_row("when", "from the prompt's end on, block by block")
+        table.add_row("where", "in place: every layer and KV head keeps the same tokens")
+        return table
+    table.add_row(
+        "beyond them",
+        escape(f"the best by {scorer}, which reads {', '.join(sorted(scorer.needs))}"),
+    )
+    table.add_row("how many", _budget_text(plan))
+    events = ["once at the prompt's end"] if plan.prompt_end else []
+    if plan.every_decode_tokens:
+        events.append(f"every {plan.every_decode_tokens} generated tokens")
+    table.add_row("when", " and ".join(events))
+    table.add_row(
+        "where", "in a store of the request's own, per layer and KV head, in the model's dtype"
+    )
+    return table
+
+
+def _budget_text(plan: RetentionPlan) -> str:
+    if plan.keep_ratio is None:
+        return f"{plan.budget_tokens} tokens; a prompt of up to that many is left whole"
+    return (
+        f"{plan.keep_ratio:g} of the prompt, at least {plan.least_budget} tokens; a prompt of up "
+        "to that many is left whole"
+    )
+
+
+def _blocks_table(
+    plan: RetentionPlan,
+    cache: CacheShape,
+    shape: ModelShape,
+    num_prompt: int,
+    num_output: int,
+) -> Table:
+    total = num_prompt + num_output
+    full = -(-total // plan.block_size)
+    peak = plan.peak_blocks(num_prompt, num_output)
+    steady = plan.steady_blocks(num_prompt, num_output)
+    pool = _POOL_REQUESTS * full
+    running = 1 + (pool - peak) // steady
+    block_bytes = cache.page_bytes * shape.num_full_layers
+    start = total - 1
+    rows = (
+        ("bytes per token held", *[f"{cache.bytes_per_token * shape.num_full_layers:,}"] * 2),
+        ("tokens that attention reads", total, plan.physical_tokens(num_prompt, start, total)),
+        ("blocks at the prompt's end (peak)", -(-num_prompt // plan.block_size), peak),
+        ("blocks while it generates", full, steady),
+        ("memory while it generates", _mib(full * block_bytes), _mib(steady * block_bytes)),
+        (f"requests at once in {pool} blocks", _POOL_REQUESTS, running),
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("full cache", justify="right")
+    table.add_column("policy", justify="right", style="green")
+    for name, before, after in rows:
+        table.add_row(str(name), str(before), str(after))
+    table.add_row("concurrency gained", "1.00x", f"{running / _POOL_REQUESTS:.2f}x")
+    return table
+
+
+def _advice(plan: RetentionPlan, num_prompt: int, num_output: int) -> str:
+    if plan.physical_tokens(num_prompt, num_prompt + num_output - 1, num_prompt + num_output) == (
+        num_prompt + num_output
+    ):
+        return "Such a request is within the budget: nothing of it is evicted."
+    return (
+        "The prompt is prefilled exactly, so its peak needs the whole prompt: a policy multiplies "
+        "the requests that run at once, not the longest prompt."
+    )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _report_conflicts(console: Console, options: dict[str, str]) -> None:
+    conflicts = refused_options(options)
+    if not conflicts:
+        text = "none with the given options" if options else "no vLLM options were given after --"
+        console.print(
+            f"[bold]Conflicts[/]: {text}. Works with: {'; '.join(ALLOWED)}.", soft_wrap=True
+        )
+        return
+    table = Table("Conflicts", "why", "what to do", box=None, header_style="bold", pad_edge=False)
+    for option, row in conflicts:
+        table.add_row(f"[red]{option}[/]", row.reason, row.fix)
+    console.print(table)
+    raise ConflictError(
+        "vLLM would refuse to start with this policy",
+        got=", ".join(option for option, _ in conflicts),
+        fix=conflicts[0][1].fix,
+    )
