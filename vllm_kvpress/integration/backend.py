@@ -1,0 +1,233 @@
+"""The attention backend of a policy: the stock backend over physical block tables.
+
+Nothing here computes attention. `policy_backend(inner, policy)` makes a thin subclass of the
+backend that vLLM would have used anyway:
+
+    backend   turns the layer's FullAttentionSpec into the staging lane's spec
+    impl      adds the layer's private lanes after loading; keeps the observation window's queries
+    builder   hands the stock builder physical block tables and lengths (see `worker.py`)
+
+Private lanes are virtual layers: siblings `<layer>.kv_store` and so on in vLLM's static forward
+context, which vLLM sizes, allocates, schedules and frees like any layer's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from vllm_kvpress.config import Policy
+from vllm_kvpress.integration.lanes import (
+    LaneSpec,
+    PrivateSpec,
+    StagingSpec,
+    plan_of,
+    private_lanes,
+)
+from vllm_kvpress.integration.worker import LaneRuntime, find_runtime
+from vllm_kvpress.policies import Scorer, resolve
+
+_MADE: dict[str, type[AttentionBackend]] = {}
+
+
+def __getattr__(name: str) -> type[AttentionBackend]:
+    """Resolves the dotted paths by which vLLM refers to the backends made here."""
+    try:
+        return _MADE[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def backend_path(inner: type[AttentionBackend], policy: Policy, num_heads: int) -> str:
+    """Returns the dotted path of the policy's backend over `inner`, made if need be.
+
+    Args:
+        inner: The stock backend.
+        policy: The policy.
+        num_heads: Query heads of a layer on this rank.
+    """
+    text = json.dumps([policy.to_json(), num_heads], sort_keys=True)
+    name = f"{inner.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if name not in _MADE:
+        _MADE[name] = policy_backend(inner, policy, num_heads, name)
+    return f"{__name__}.{name}"
+
+
+def policy_backend(
+    inner: type[AttentionBackend], policy: Policy, num_heads: int, name: str
+) -> type[AttentionBackend]:
+    """Returns a subclass of the stock backend `inner` that keeps what `policy` keeps."""
+    scorer = resolve(policy)
+    impl_cls = _policy_impl(inner.get_impl_cls(), scorer)
+    builder_cls = _policy_builder(inner.get_builder_cls())
+
+    def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
+        # Exact type: a lane's spec, and other kinds of layers, pass through untouched.
+        spec = inner.customize_spec(spec)
+        if type(spec) is not FullAttentionSpec:
+            return spec
+        return StagingSpec.of(spec, plan_of(policy, scorer, spec, num_heads))
+
+    return type(
+        name,
+        (inner,),
+        {
+            "__module__": __name__,
+            "__qualname__": name,
+            "inner": inner,
+            "customize_spec": classmethod(customize_spec),
+            "get_impl_cls": staticmethod(lambda: impl_cls),
+            "get_builder_cls": staticmethod(lambda: builder_cls),
+        },
+    )
+
+
+def _policy_impl(inner_impl: type[Any], scorer: Scorer) -> type[Any]:
+    class PolicyImpl(inner_impl):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._vllm_config = get_current_vllm_config()
+            self.lane_runtime = find_runtime(self._vllm_config) or LaneRuntime(
+                scorer, self._vllm_config
+            )
+            self.query_pages: torch.Tensor | None = None
+
+        def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+            super().process_weights_after_loading(act_dtype)
+            add_private_lanes(self, self._vllm_config)
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            window = getattr(attn_metadata, "kv_query_window", None)
+            if window is not None:
+                window.save(query, self.query_pages)
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
+            )
+
+    PolicyImpl.__qualname__ = PolicyImpl.__name__ = f"Policy{inner_impl.__name__}"
+    return PolicyImpl
+
+
+def _policy_builder(inner_builder: type[Any]) -> type[Any]:
+    class PolicyBuilder(inner_builder):  # type: ignore[misc, valid-type]
+        # V1 would skip build() for a second equal group and hand on a logical table.
+        supports_update_block_table = False
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.lane_runtime = find_runtime(self.vllm_config)
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+        ) -> Any:
+            step = self.lane_runtime.begin_step(common_attn_metadata)
+            metadata = super().build(common_prefix_len, step.common, fast_build)
+            metadata.kv_query_window = step.query_window
+            return metadata
+
+        def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+            step = self.lane_runtime.capture_step(common_attn_metadata)
+            metadata = super().build_for_cudagraph_capture(step.common)
+            metadata.kv_query_window = step.query_window
+            return metadata
+
+    PolicyBuilder.__qualname__ = PolicyBuilder.__name__ = f"Policy{inner_builder.__name__}"
+    return PolicyBuilder
+
+
+class LaneLayer(AttentionLayerBase):
+    """A private lane of one attention layer, in the shape of a layer that owns a cache.
+
+    Args:
+        lane: The lane's name, the suffix of this layer's name.
+        spec_cls: The lane's spec.
+        base: The attention layer it belongs to.
+        runtime: The worker's side of the policy.
+    """
+
+    def __init__(
+        self, lane: str, spec_cls: type[PrivateSpec], base: Any, runtime: LaneRuntime
+    ) -> None:
+        self.lane = lane
+        self.spec_cls = spec_cls
+        self.base = base
+        self.runtime = runtime
+        self.impl = base.impl
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return _lane_backend(self.base.get_attn_backend(), self.lane)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> LaneSpec:
+        backend = self.base.get_attn_backend()
+        staging = backend.customize_spec(self.base.get_kv_cache_spec(vllm_config))
+        return self.spec_cls.of(staging, staging.plan)
+
+
+def _lane_backend(backend: type[AttentionBackend], lane: str) -> type[AttentionBackend]:
+    name = f"{backend.__name__}_{lane}"
+    if name not in _MADE:
+
+        class LaneBuilder(AttentionMetadataBuilder[Any]):
+            _cudagraph_support = AttentionCGSupport.ALWAYS
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                self.lane_runtime = find_runtime(self.vllm_config)
+
+            def build(
+                self,
+                common_prefix_len: int,
+                common_attn_metadata: CommonAttentionMetadata,
+                fast_build: bool = False,
+            ) -> None:
+                self.lane_runtime.tables[lane] = common_attn_metadata.block_table_tensor
+
+        _MADE[name] = type(
+            name,
+            (backend,),
+            {
+                "__module__": __name__,
+                "__qualname__": name,
+                "get_builder_cls": staticmethod(lambda: LaneBuilder),
+            },
+        )
+    return _MADE[name]
+
+
+def add_private_lanes(impl: Any, vllm_config: VllmConfig) -> None:
+    """Adds the private lanes of the layer that owns `impl` to the static forward context."""
+    context = vllm_config.compilation_config.static_forward_context
+    prefix, base = next(
+        (name, layer) for name, layer in context.items() if getattr(layer, "impl", None) is impl
+    )
+    runtime = impl.lane_runtime
+    runtime.layer_names.append(prefix)
+    staging = base.get_attn_backend().customize_spec(base.get_kv_cache_spec(vllm_config))
+    for lane, spec_cls in private_lanes(staging.plan).items():
+        context[f"{prefix}.{lane}"] = LaneLayer(lane, spec_cls, base, runtime)

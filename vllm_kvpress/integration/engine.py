@@ -1,0 +1,171 @@
+"""The engine part of the plugin: five hooks into vLLM, installed only under a policy.
+
+    specs and managers   registered with vLLM's own registry
+    attention backend    the platform's choice, over physical tables          (wrapped)
+    cache groups         one group a lane, layers in one order                (wrapped)
+    prefix hits          capped below the end of the prompt                   (wrapped)
+    runners              hand us prompt lengths and the allocated caches      (wrapped, both)
+
+Each wrapper passes engines without a policy through to the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_kvpress.errors import UnsupportedModelError
+from vllm_kvpress.integration import compat
+
+
+def install() -> None:
+    """Installs the hooks in this process; re-entrant.
+
+    Raises:
+        UnsupportedVLLMError: if the installed vLLM lacks a hook.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    _register_specs()
+    owner = next(
+        base for base in type(current_platform).__mro__ if "get_attn_backend_cls" in vars(base)
+    )
+    compat.wrap(owner, "get_attn_backend_cls", _over_physical_tables)
+    # An engine without a policy may have cached its choice in this process.
+    selector._cached_get_attn_backend.cache_clear()
+    compat.wrap(kv_cache_utils, "get_kv_cache_groups", _group_lanes)
+    compat.wrap(KVCacheManager, "get_computed_blocks", _cap_prefix_hits)
+    for runner_cls in compat.runner_classes():
+        compat.wrap(runner_cls, "initialize_kv_cache", _attach_lanes)
+
+
+def _register_specs() -> None:
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_kvpress.integration import lanes, managers
+
+    # vLLM registers its own specs lazily, and only while the registry is empty.
+    KVCacheSpecRegistry._ensure_registered()
+    pairs: list[tuple[type[KVCacheSpec], type[SingleTypeKVCacheManager]]] = [
+        (lanes.StagingSpec, managers.StagingManager),
+        (lanes.StoreSpec, managers.StoreManager),
+        (lanes.QuerySpec, managers.QueryManager),
+        (lanes.PositionSpec, managers.PositionManager),
+    ]
+    for spec_cls, manager_cls in pairs:
+        KVCacheSpecRegistry.register(spec_cls, manager_cls, uniform_type_base_spec=spec_cls)
+
+
+def _over_physical_tables(original: Callable[..., str]) -> Callable[..., str]:
+    def get_attn_backend_cls(
+        cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        from vllm.config import get_current_vllm_config
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+        from vllm.v1.attention.backend import AttentionType
+
+        from vllm_kvpress.integration import backend
+        from vllm_kvpress.integration.plugin import policy_of
+
+        path = original(cls, selected_backend, attn_selector_config, num_heads)
+        config = get_current_vllm_config()
+        policy = policy_of(config)
+        wanted = (
+            attn_selector_config.attn_type == AttentionType.DECODER
+            and not attn_selector_config.has_sliding_window
+            and not attn_selector_config.use_mla
+        )
+        if policy is None or not wanted:
+            return path
+        heads = config.model_config.get_num_attention_heads(config.parallel_config)
+        return backend.backend_path(resolve_obj_by_qualname(path), policy, heads)
+
+    return get_attn_backend_cls
+
+
+def _group_lanes(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Any:
+        from vllm.v1.kv_cache_interface import KVCacheGroupSpec
+
+        from vllm_kvpress.integration.lanes import LaneSpec, StagingSpec
+
+        lanes: dict[type, list[str]] = {}
+        others: dict[str, Any] = {}
+        for name, spec in kv_cache_spec.items():
+            if isinstance(spec, LaneSpec):
+                lanes.setdefault(type(spec), []).append(name)
+            else:
+                others[name] = spec
+        if not lanes:
+            return original(vllm_config, kv_cache_spec)
+        # The private lanes first: their builders leave their tables for the staging lane's.
+        order = sorted(lanes, key=lambda spec_cls: spec_cls is StagingSpec)
+        width = len(lanes[StagingSpec])
+        groups = [lanes[spec_cls] for spec_cls in order] + _in_lane_width(
+            original(vllm_config, others) if others else [], width
+        )
+        specs = [[kv_cache_spec[name] for name in names] for names in groups]
+        merged = [layer_specs[0].merge(layer_specs) for layer_specs in specs]
+        if len({spec.page_size_bytes for spec in merged}) > 1:
+            raise UnsupportedModelError(
+                "layers outside the policy have another page size",
+                got=str(sorted({(type(s).__name__, s.page_size_bytes) for s in merged})),
+                allowed="models whose layers all have the same KV heads, head size and dtype",
+                fix="Start the engine without the policy",
+            )
+        return [KVCacheGroupSpec(n, s) for n, s in zip(groups, merged, strict=True)]
+
+    return get_kv_cache_groups
+
+
+def _in_lane_width(stock_groups: list[Any], width: int) -> list[list[str]]:
+    """Splits stock groups so that none has more layers than a lane (they share its blocks)."""
+    return [
+        group.layer_names[start : start + width]
+        for group in stock_groups
+        for start in range(0, len(group.layer_names), width)
+    ]
+
+
+class _Capped:
+    """A request that looks no longer than its longest allowed prefix hit."""
+
+    def __init__(self, request: Any, num_tokens: int) -> None:
+        self._request = request
+        self.num_tokens = num_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+def _cap_prefix_hits(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_kvpress.integration.lanes import plan_in
+
+        plan = plan_in(self.kv_cache_config.kv_cache_groups)
+        if plan is not None:
+            # vLLM itself leaves one token to compute.
+            limit = plan.hit_limit(request.num_prompt_tokens) + 1
+            if limit < request.num_tokens:
+                request = _Capped(request, limit)
+        return original(self, request, *args, **kwargs)
+
+    return get_computed_blocks
+
+
+def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        from vllm_kvpress.integration.lanes import plan_in
+        from vllm_kvpress.integration.worker import find_runtime
+
+        runtime = find_runtime(self.vllm_config)
+        if runtime is not None and plan_in(self.kv_cache_config.kv_cache_groups) is not None:
+            runtime.attach(self)
+
+    return initialize_kv_cache

@@ -1,0 +1,154 @@
+"""Lanes: the KV-cache specs that tell vLLM what our blocks are.
+
+A lane is one vLLM KV-cache group. Every lane of a layer declares exactly the staging page
+(same block size, heads, dtype), so that all lanes alias one pool: block id b is the same bytes
+of layer i in each of them. Private lanes read those bytes in their own way.
+
+    staging    exact K/V at natural positions; prefix-cacheable
+    store      survivors of an event, sorted by position; private to the request
+    queries    the last `query_window` prompt queries, until the event has read them; private
+    positions  the store's token positions, for scorers that need them while decoding; private
+
+Sibling classes, never subclasses of one another: vLLM merges layers whose specs share a
+registered base into one group, with the first one's spec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_kvpress.errors import UnsupportedModelError
+from vllm_kvpress.layout import positions_per_block, queries_per_block
+from vllm_kvpress.plan import RetentionPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneSpec(FullAttentionSpec):
+    """The staging page plus the plan that rules who holds how many of them."""
+
+    plan: RetentionPlan = field(metadata={"kvpress": True})
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec, plan: RetentionPlan) -> Self:
+        """Returns this lane's spec for a layer whose stock spec is `spec`."""
+        values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+        return cls(**values, plan=plan)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Returns the one spec that all layers of the lane share.
+
+        Raises:
+            AssertionError: if they differ, which own grouping rules out.
+        """
+        assert all(type(spec) is cls and spec == specs[0] for spec in specs), (
+            f"layers of one {cls.__name__} lane must have equal specs"
+        )
+        return specs[0]
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(type(spec) is type(self) for spec in kv_cache_specs.values())
+
+    def blocks_at(self, num_tokens: int) -> int:
+        """Returns the most blocks that this lane holds for a sequence of this length."""
+        raise NotImplementedError
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        blocks = self.blocks_at(vllm_config.model_config.max_model_len)
+        return max(1, blocks) * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        # vLLM computes slot mappings for every lane without a bound check: full width.
+        return max(super().max_num_blocks_per_req(vllm_config, max_len), self.blocks_at(max_len))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagingSpec(LaneSpec):
+    """Exact K/V, as stock vLLM keeps it; blocks leave by the plan."""
+
+    def blocks_at(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateSpec(LaneSpec):
+    """A lane whose blocks are never shared and never hashed."""
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec(PrivateSpec):
+    """Survivors, in the model's own format."""
+
+    def blocks_at(self, num_tokens: int) -> int:
+        return self.plan.store_bound(num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuerySpec(PrivateSpec):
+    """The observation window's queries."""
+
+    def blocks_at(self, num_tokens: int) -> int:
+        return self.plan.query_bound(num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionSpec(PrivateSpec):
+    """Positions of the store's tokens, int32 [num_kv_heads, store tokens]."""
+
+    def blocks_at(self, num_tokens: int) -> int:
+        return self.plan.position_bound(num_tokens)
+
+
+def plan_of(policy: Any, scorer: Any, spec: FullAttentionSpec, num_heads: int) -> RetentionPlan:
+    """Returns the plan of `policy` for layers of this shape.
+
+    Args:
+        policy: The validated `Policy`.
+        scorer: Its scorer.
+        spec: The layer's stock spec.
+        num_heads: Query heads of the layer on this rank.
+    """
+    elements = spec.page_size_bytes // spec.dtype.itemsize
+    if scorer.query_window and not queries_per_block(elements, num_heads, spec.head_size):
+        raise UnsupportedModelError(
+            "one token's queries do not fit in a block",
+            got=f"{num_heads} query heads over {spec.num_kv_heads} KV heads, --block-size "
+            f"{spec.block_size}",
+            allowed="at most 2 * block size query heads for each KV head",
+            fix="Use a larger --block-size, or a scorer without queries (keydiff, knorm)",
+        )
+    return RetentionPlan.from_policy(
+        policy,
+        scorer,
+        block_size=spec.block_size,
+        queries_per_block=queries_per_block(elements, num_heads, spec.head_size),
+        positions_per_block=positions_per_block(spec.page_size_bytes, spec.num_kv_heads),
+    )
+
+
+def private_lanes(plan: RetentionPlan) -> dict[str, type[PrivateSpec]]:
+    """Returns the private lanes that a plan needs, by the suffix of their layers' names."""
+    lanes: dict[str, type[PrivateSpec]] = {}
+    if plan.query_window:
+        lanes["kv_queries"] = QuerySpec
+    if plan.positions_per_block:
+        lanes["kv_positions"] = PositionSpec
+    if plan.store:
+        lanes["kv_store"] = StoreSpec
+    return lanes
+
+
+def plan_in(kv_cache_groups: Any) -> RetentionPlan | None:
+    """Returns the plan of an engine's cache groups, or None if no policy is on."""
+    for group in kv_cache_groups:
+        if isinstance(group.kv_cache_spec, StagingSpec):
+            return group.kv_cache_spec.plan
+    return None

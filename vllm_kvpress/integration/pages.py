@@ -1,0 +1,130 @@
+"""Pages: how K and V of a token lie in a block of the inner backend's cache.
+
+Every vLLM backend stores a layer's block as one dense page of num_kv_heads * block_size *
+2 * head_dim elements, but orders them as its kernels like: CPU_ATTN transposes or interleaves
+per instruction set, CUDA backends use head-major or token-major pages. The order is always a
+permutation, and the same for every block. We learn it once at start by writing a pattern through
+the backend's own cache-write op; reading and writing tokens is then a gather.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_kvpress.errors import UnsupportedVLLMError
+
+_DIGIT = 128  # exact in bf16, fp16 and fp32
+
+
+def flat_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """Returns a layer's cache as pages, aliasing it.
+
+    Args:
+        kv_cache: [num_blocks, heads, block_size, content], dense inside a block.
+
+    Returns:
+        [num_blocks, page_elements].
+
+    Raises:
+        UnsupportedVLLMError: if a block is not one dense page.
+    """
+    num_blocks, *inner = kv_cache.shape
+    expected = 1
+    for stride, size in sorted(zip(kv_cache.stride()[1:], inner, strict=True)):
+        if size > 1 and stride != expected:
+            raise UnsupportedVLLMError(
+                "a KV-cache block is not one dense page",
+                got=f"shape {tuple(kv_cache.shape)}, strides {kv_cache.stride()}",
+                allowed="layouts whose heads, tokens and content lie densely inside a block",
+                fix="Unset VLLM_KV_CACHE_LAYOUT or choose another --attention-backend",
+            )
+        expected *= size
+    return kv_cache.as_strided((num_blocks, expected), (kv_cache.stride(0), 1))
+
+
+class PageMap:
+    """The place of every K and V element in a page.
+
+    Attributes:
+        num_kv_heads: KV heads of the layer on this rank.
+        block_size: Tokens in a block.
+        head_dim: Elements of one K or V vector.
+        order: int64 [2 * num_kv_heads * block_size * head_dim]; page index of each element of
+            the canonical order [K|V, num_kv_heads, block_size, head_dim].
+        inverse: The inverse permutation.
+    """
+
+    def __init__(
+        self, num_kv_heads: int, block_size: int, head_dim: int, order: torch.Tensor
+    ) -> None:
+        self.num_kv_heads = num_kv_heads
+        self.block_size = block_size
+        self.head_dim = head_dim
+        self.order = order
+        self.inverse = torch.argsort(order)
+
+    @classmethod
+    def learn(cls, layer: Any) -> PageMap:
+        """Writes a pattern through `layer`'s own cache-write op and reads where it went.
+
+        Args:
+            layer: A vLLM `Attention` layer with a bound `kv_cache`.
+
+        Raises:
+            UnsupportedVLLMError: if the op does not store each element exactly once.
+        """
+        cache = layer.kv_cache
+        _, heads, block_size, content = cache.shape
+        head_dim = content // 2
+        page_elements = heads * block_size * content
+        strides = (page_elements, *cache.stride()[1:])
+        scratch = torch.empty_strided(
+            (2, heads, block_size, content), strides, dtype=cache.dtype, device=cache.device
+        )
+        slots = torch.arange(block_size, 2 * block_size, dtype=torch.int64, device=cache.device)
+        # Element ids in the op's own order of arguments, [K|V, block_size, heads, head_dim].
+        ids = torch.arange(page_elements, device=cache.device)
+        found = torch.zeros(page_elements, dtype=torch.int64, device=cache.device)
+        weight = 1
+        while weight < page_elements:
+            digit = (ids // weight % _DIGIT).to(cache.dtype)
+            key, value = digit.view(2, block_size, heads, head_dim)
+            scratch.zero_()
+            layer.impl.do_kv_cache_update(
+                layer, key.contiguous(), value.contiguous(), scratch, slots
+            )
+            found += flat_pages(scratch)[1].to(torch.int64) * weight
+            weight *= _DIGIT
+        if not torch.equal(found.sort().values, ids):
+            raise UnsupportedVLLMError(
+                "the attention backend does not store K and V as they are",
+                got=type(layer.impl).__mro__[1].__name__,
+                allowed="CPU_ATTN, FLASH_ATTN, TRITON_ATTN, FLASHINFER with an unquantized cache",
+                fix="Choose another --attention-backend",
+            )
+        place = torch.argsort(found).view(2, block_size, heads, head_dim)
+        order = place.transpose(1, 2).reshape(-1)  # [K|V, heads, block_size, head_dim]
+        return cls(heads, block_size, head_dim, order)
+
+    def read(self, pages: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns copies of K and V of whole blocks, each [num_kv_heads, tokens, head_dim].
+
+        Args:
+            pages: [num_blocks, page_elements] of one layer.
+            blocks: Block ids, int [n]; tokens come in their order.
+        """
+        shape = (len(blocks), 2, self.num_kv_heads, self.block_size, self.head_dim)
+        content = pages[blocks][:, self.order].view(shape)
+        keys, values = content.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return keys, values
+
+    def write(
+        self, pages: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Stores K and V, each [num_kv_heads, n * block_size, head_dim], into whole blocks."""
+        split = (self.num_kv_heads, len(blocks), self.block_size, self.head_dim)
+        content = torch.stack([keys.view(split), values.view(split)])
+        flat = content.permute(2, 0, 1, 3, 4).reshape(len(blocks), -1)
+        pages[blocks] = flat[:, self.inverse]

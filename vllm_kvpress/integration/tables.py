@@ -1,0 +1,223 @@
+"""Physical block tables: what attention reads, in the stock kernels' own form.
+
+    logical table    [ s0 s1 s2 s3 s4 s5 ]    staging, freed columns still filled with stale ids
+    store table      [ k0 k1 ]
+    layout           head_blocks = 2, first_block = 4
+    physical table   [ k0 k1 s4 s5 ]          length shorter by (4 - 2) * block_size
+
+No column that the plan has freed is ever read. Without a store the head comes from staging's own
+first columns (the sinks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kvpress.plan import RetentionPlan
+
+
+@dataclass(frozen=True)
+class QueryWindow:
+    """Which rows of a step's query go where in the query lane's pages.
+
+    Attributes:
+        rows: int64 [n], rows of the query.
+        blocks: int64 [n], block ids.
+        offsets: int64 [n], places within a block.
+        per_block: Query rows in a block.
+        masked: Whether some rows are padding (block id 0 and masked out by `valid`).
+        valid: bool [n], or None if every row counts.
+    """
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    per_block: int
+    valid: torch.Tensor | None = None
+
+    def save(self, query: torch.Tensor, pages: torch.Tensor | None) -> None:
+        """Writes the window's rows; a row of padding rewrites what is there.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim].
+            pages: [num_blocks, page_elements] of the layer.
+        """
+        assert pages is not None
+        width = query.shape[1] * query.shape[2]
+        places = pages[:, : self.per_block * width].unflatten(1, (self.per_block, width))
+        values = query[self.rows].reshape(-1, width).to(pages.dtype)
+        if self.valid is not None:
+            kept = places[self.blocks, self.offsets]
+            values = torch.where(self.valid[:, None], values, kept)
+        places[self.blocks, self.offsets] = values
+
+
+class PhysicalTables:
+    """Builds physical tables and lengths; on CUDA always in the same buffers, as graphs require.
+
+    Args:
+        plan: The retention plan.
+        vllm_config: The engine's configuration, for the sizes of the buffers.
+        device: Where the caches are.
+    """
+
+    def __init__(self, plan: RetentionPlan, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+        self.persistent = device.type != "cpu"
+        self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._max_reqs = vllm_config.scheduler_config.max_num_seqs
+        self._table: torch.Tensor | None = None
+        self._lengths: torch.Tensor | None = None
+        self._window: tuple[torch.Tensor, ...] | None = None
+
+    def replace(
+        self,
+        common: CommonAttentionMetadata,
+        prompts: np.ndarray,
+        starts: np.ndarray,
+        store_table: torch.Tensor | None,
+    ) -> CommonAttentionMetadata:
+        """Returns `common` with physical block table and lengths.
+
+        Args:
+            common: The staging lane's logical metadata.
+            prompts: Prompt lengths, int64 [num_real_reqs].
+            starts: Computed tokens at the start of the step, int64 [num_real_reqs].
+            store_table: The store lane's block table, or None if the plan has no store.
+        """
+        heads, firsts = self.plan.layouts(prompts, starts)
+        if not firsts.any():
+            return self.untouched(common)
+        block_size = self.plan.block_size
+        gaps = np.zeros(common.num_reqs, np.int64)
+        gaps[: len(firsts)] = firsts - heads
+        ends = common.seq_lens_cpu_upper_bound
+        assert ends is not None
+        physical_ends = ends - torch.from_numpy(gaps * block_size).to(ends.dtype)
+        longest = int(physical_ends.max())
+        num_columns = -(-longest // block_size)
+
+        head_column = np.zeros(common.num_reqs, np.int64)
+        head_column[: len(heads)] = heads
+        layout = torch.from_numpy(np.stack([gaps, head_column])).to(self.device, non_blocking=True)
+        columns = torch.arange(num_columns, device=self.device)
+        in_head = columns < layout[1][:, None]  # [num_reqs, num_columns]
+        logical = common.block_table_tensor
+        source = (columns + layout[0][:, None]).clamp_(max=logical.shape[1] - 1)
+        table = torch.where(in_head, 0, source)
+        table = logical.gather(1, table).to(torch.int32)
+        head = logical if store_table is None else store_table
+        head = head[: common.num_reqs, :num_columns]
+        width = head.shape[1]
+        table[:, :width] = torch.where(in_head[:, :width], head, table[:, :width])
+        lengths = common.seq_lens - (layout[0] * block_size).to(common.seq_lens.dtype)
+        if self.persistent:
+            table, lengths = self._in_buffers(common, table, lengths)
+        return common.replace(
+            block_table_tensor=table,
+            seq_lens=lengths,
+            max_seq_len=longest,
+            seq_lens_cpu_upper_bound=physical_ends,
+            _num_computed_tokens_cache=None,
+        )
+
+    def untouched(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """Returns logical metadata, in the buffers that physical metadata uses."""
+        if not self.persistent:
+            return common
+        table, lengths = self._in_buffers(common, common.block_table_tensor, common.seq_lens)
+        return common.replace(
+            block_table_tensor=table, seq_lens=lengths, _num_computed_tokens_cache=None
+        )
+
+    def _in_buffers(
+        self, common: CommonAttentionMetadata, table: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = table.shape
+        if self._table is None or self._lengths is None:
+            width = common.block_table_tensor.shape[1]
+            most = max(self._max_reqs, rows)
+            self._table = torch.zeros(most, width, dtype=torch.int32, device=self.device)
+            self._lengths = torch.zeros(most, dtype=lengths.dtype, device=self.device)
+        self._table[:rows, :columns].copy_(table)
+        self._lengths[:rows].copy_(lengths)
+        return self._table[:rows], self._lengths[:rows]
+
+    def query_window(
+        self,
+        prompts: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        query_starts: np.ndarray,
+        table: torch.Tensor,
+    ) -> QueryWindow | None:
+        """Returns the observation-window rows of a step; None on CPU if there are none."""
+        plan = self.plan
+        rows: list[int] = []
+        requests: list[int] = []
+        slots: list[int] = []
+        windows = np.maximum(0, prompts - plan.query_window)
+        for request in np.flatnonzero((starts < prompts) & (ends > windows)):
+            prompt, start = int(prompts[request]), int(starts[request])
+            if not plan.query_need(prompt, int(ends[request])):
+                continue
+            window = plan.query_start(prompt)
+            first, last = max(start, window), min(int(ends[request]), prompt)
+            offset = int(query_starts[request]) - start
+            rows.extend(range(first + offset, last + offset))
+            slots.extend(range(first - window, last - window))
+            requests.extend([int(request)] * (last - first))
+        if not rows and not self.persistent:
+            return None
+        return self._window_of(rows, requests, slots, table, int(query_starts[-1]))
+
+    def no_window(self, common: CommonAttentionMetadata) -> QueryWindow | None:
+        """Returns a window without rows, in the shape that graphs are captured with."""
+        if not self.persistent or not self.plan.query_window:
+            return None
+        return self._window_of([], [], [], common.block_table_tensor, common.num_actual_tokens)
+
+    def _window_of(
+        self,
+        rows: list[int],
+        requests: list[int],
+        slots: list[int],
+        table: torch.Tensor,
+        num_tokens: int,
+    ) -> QueryWindow:
+        per_block = self.plan.queries_per_block
+        row = torch.tensor(rows, dtype=torch.int64)
+        request = torch.tensor(requests, dtype=torch.int64)
+        slot = torch.tensor(slots, dtype=torch.int64)
+        if not self.persistent:
+            blocks = table[request, slot // per_block].long()
+            return QueryWindow(row, blocks, slot % per_block, per_block)
+        # One entry for every token of the batch, at fixed addresses, so that a captured graph
+        # replays with this step's values; tokens outside every window rewrite the null block.
+        if self._window is None:
+            most = self._max_tokens
+            self._window = (
+                torch.arange(most, device=self.device),
+                torch.zeros(most, dtype=torch.int64, device=self.device),
+                torch.zeros(most, dtype=torch.int64, device=self.device),
+                torch.zeros(most, dtype=torch.bool, device=self.device),
+            )
+        all_rows, blocks, offsets, valid = self._window
+        valid.zero_()
+        if rows:
+            row, request, slot = (
+                t.to(self.device, non_blocking=True) for t in (row, request, slot)
+            )
+            blocks[row] = table[request, slot // per_block].long()
+            offsets[row] = slot % per_block
+            valid[row] = True
+        blocks.masked_fill_(~valid, 0)
+        offsets.masked_fill_(~valid, 0)
+        n = num_tokens
+        return QueryWindow(all_rows[:n], blocks[:n], offsets[:n], per_block, valid[:n])
