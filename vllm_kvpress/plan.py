@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_kvpress.errors import CapacityError
+
 if TYPE_CHECKING:
     from vllm_kvpress.config import Policy
     from vllm_kvpress.policies.scorer import Scorer
@@ -113,6 +115,22 @@ class RetentionPlan:
             query_window=scorer.query_window,
             queries_per_block=queries_per_block if scorer.query_window else 0,
             positions_per_block=positions_per_block if needs_positions else 0,
+        )
+
+    def check(self) -> None:
+        """Checks that the budget can hold the forced tokens in whole blocks.
+
+        Raises:
+            CapacityError: if it cannot.
+        """
+        if not self.store or self.budget_tokens is None or self.budget_tokens >= self.least_budget:
+            return
+        raise CapacityError(
+            "evict.budget.tokens cannot hold sink_tokens + recent_tokens in whole blocks",
+            got=f"{self.budget_tokens} tokens at a block size of {self.block_size}",
+            allowed=f"at least {self.least_budget} (sinks {self.sink_tokens} + recent "
+            f"{self.recent_tokens} + block size - 1)",
+            fix="Raise the budget, lower recent_tokens, or use a smaller --block-size",
         )
 
     # ---- budget and events ---------------------------------------------------------------
@@ -336,3 +354,12 @@ class RetentionPlan:
             + self.store_need(num_prompt_tokens, settled)
             + self.position_need(num_prompt_tokens, settled)
         )
+
+    def requests_at_once(
+        self, num_blocks: int, num_prompt_tokens: int, num_output_tokens: int = 1
+    ) -> int:
+        """Returns how many such requests run at once in a pool, the last one still at its peak."""
+        peak = self.peak_blocks(num_prompt_tokens, num_output_tokens)
+        if peak > num_blocks:
+            return 0
+        return 1 + (num_blocks - peak) // self.steady_blocks(num_prompt_tokens, num_output_tokens)

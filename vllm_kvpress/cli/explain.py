@@ -83,13 +83,7 @@ def _plan(
         ),
         positions_per_block=positions_per_block(cache.page_bytes, cache.num_kv_heads),
     )
-    if plan.store and plan.budget_tokens is not None and plan.budget_tokens < plan.least_budget:
-        raise ConfigError(
-            "evict.budget.tokens cannot hold sinks and recent tokens in whole blocks",
-            got=f"{plan.budget_tokens} with block size {plan.block_size}",
-            allowed=f"at least {plan.least_budget}",
-            fix="Raise the budget, or lower recent_tokens or --block-size",
-        )
+    plan.check()
     return plan
 
 
@@ -132,7 +126,8 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan) -> Table:
         "always", f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens"
     )
     if scorer.selects == "window":
-        table.add_row("beyond them", "nothing, up to whole blocks")
+        table.add_row("beyond them", "newer tokens up to the budget, in whole blocks")
+        table.add_row("how many", _budget_text(plan))
         table.add_row("when", "from the prompt's end on, block by block")
         table.add_row("where", "in place: every layer and KV head keeps the same tokens")
         return table
@@ -172,7 +167,7 @@ def _blocks_table(
     peak = plan.peak_blocks(num_prompt, num_output)
     steady = plan.steady_blocks(num_prompt, num_output)
     pool = _POOL_REQUESTS * full
-    running = 1 + (pool - peak) // steady
+    running = plan.requests_at_once(pool, num_prompt, num_output)
     block_bytes = cache.page_bytes * shape.num_full_layers
     start = total - 1
     rows = (

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm_kvpress.config import Policy
 from vllm_kvpress.conflict_table import REFUSED, Refusal
 from vllm_kvpress.errors import ConflictError, UnsupportedModelError
+from vllm_kvpress.plan import RetentionPlan
+from vllm_kvpress.policies import resolve
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["FINDERS", "check", "find"]
+__all__ = ["FINDERS", "check", "check_policy", "find"]
 
 # Returns what was found, as `got` of the error, or None where the row does not apply.
 Finder = Callable[["VllmConfig"], str | None]
@@ -179,3 +182,23 @@ def check(config: "VllmConfig") -> None:
         got=got,
         fix=row.fix + (f". Also refused here: {others}" if others else ""),
     )
+
+
+def check_policy(policy: Policy, config: "VllmConfig") -> None:
+    """Checks that an engine of this configuration can do what the policy asks.
+
+    Raises:
+        CapacityError: the budget cannot hold the forced tokens in blocks of this size.
+        ConflictError: the scorer would need what one rank does not have.
+    """
+    scorer = resolve(policy)
+    RetentionPlan.from_policy(policy, scorer, block_size=config.cache_config.block_size).check()
+    ranks = config.parallel_config.tensor_parallel_size
+    if scorer.scope == "layer" and ranks > 1:
+        raise ConflictError(
+            f"the scorer {policy.evict.scorer.label!r} ranks tokens by all heads of a layer, and "
+            "a rank has only its own",
+            got=f"--tensor-parallel-size {ranks}",
+            allowed="1, or a scorer with scope 'head'",
+            fix="Use --tensor-parallel-size 1 or another scorer",
+        )

@@ -159,13 +159,21 @@ def _cap_prefix_hits(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
-    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+    def initialize_kv_cache(
+        self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
+        original(self, kv_cache_config, is_profiling, **kwargs)
         from vllm_kvpress.integration.lanes import plan_in
+        from vllm_kvpress.integration.summary import log_summary
         from vllm_kvpress.integration.worker import find_runtime
 
         runtime = find_runtime(self.vllm_config)
-        if runtime is not None and plan_in(self.kv_cache_config.kv_cache_groups) is not None:
-            runtime.attach(self)
+        plan = plan_in(self.kv_cache_config.kv_cache_groups)
+        if runtime is None or plan is None:
+            return
+        runtime.attach(self)
+        if not is_profiling:
+            num_blocks = self.kv_cache_config.num_blocks
+            log_summary(plan, self.vllm_config, len(runtime.layer_names), num_blocks)
 
     return initialize_kv_cache

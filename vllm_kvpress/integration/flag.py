@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvpress.config import Policy, load_policy
 from vllm_kvpress.errors import ConfigError, ConflictError, KVPressError, shown
 from vllm_kvpress.integration import compat
-from vllm_kvpress.integration.plugin import ADDITIONAL_KEY
+from vllm_kvpress.integration.plugin import ACTIVE_VARIABLE, ADDITIONAL_KEY
 from vllm_kvpress.policies import resolve
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _under_policy(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             policy = policy_from(self)
             if policy is None:
+                os.environ.pop(ACTIVE_VARIABLE, None)  # of an earlier engine of this process
                 return original(self, *args, **kwargs)
             return _configured(policy, self, lambda: original(self, *args, **kwargs))
         except KVPressError:
@@ -161,6 +162,7 @@ def _configured(
     with _fields(engine_args, _engine_fields(policy, engine_args)):
         vllm_config = create()
     conflicts.check(vllm_config)
+    conflicts.check_policy(policy, vllm_config)
     # Last: a refused engine leaves this process as it was.
     plugin.activate()
     return vllm_config

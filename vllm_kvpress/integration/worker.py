@@ -22,7 +22,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvpress.errors import CapacityError, UnsupportedVLLMError
+from vllm_kvpress.errors import UnsupportedVLLMError
 from vllm_kvpress.integration.compat import prompt_lengths
 from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
 from vllm_kvpress.integration.lanes import plan_in
@@ -78,7 +78,7 @@ class LaneRuntime:
         self._runner = weakref.ref(runner)
         plan = plan_in(runner.kv_cache_config.kv_cache_groups)
         assert plan is not None
-        check_budget(plan)
+        plan.check()
         self.plan = plan
         self.pending.clear()
         context = self.vllm_config.compilation_config.static_forward_context
@@ -174,22 +174,6 @@ class LaneRuntime:
                         tables={lane: table[row].clone() for lane, table in self.tables.items()},
                     )
                 )
-
-
-def check_budget(plan: RetentionPlan) -> None:
-    """Checks that the budget can hold the forced tokens in whole blocks.
-
-    Raises:
-        CapacityError: if it cannot.
-    """
-    if plan.store and plan.budget_tokens is not None and plan.budget_tokens < plan.least_budget:
-        raise CapacityError(
-            "evict.budget.tokens cannot hold sink_tokens + recent_tokens in whole blocks",
-            got=f"{plan.budget_tokens} tokens at a block size of {plan.block_size}",
-            allowed=f"at least {plan.least_budget} (sinks {plan.sink_tokens} + recent "
-            f"{plan.recent_tokens} + block size - 1)",
-            fix="Raise the budget, lower recent_tokens, or use a smaller --block-size",
-        )
 
 
 def find_runtime(vllm_config: VllmConfig) -> LaneRuntime | None:
