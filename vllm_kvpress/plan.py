@@ -129,7 +129,7 @@ class RetentionPlan:
             "evict.budget.tokens cannot hold sink_tokens + recent_tokens in whole blocks",
             got=f"{self.budget_tokens} tokens at a block size of {self.block_size}",
             allowed=f"at least {self.least_budget} (sinks {self.sink_tokens} + recent "
-            f"{self.recent_tokens} + block size - 1)",
+            f"{self.recent_tokens}, in whole blocks, + block size - 1)",
             fix="Raise the budget, lower recent_tokens, or use a smaller --block-size",
         )
 
@@ -137,8 +137,13 @@ class RetentionPlan:
 
     @property
     def least_budget(self) -> int:
-        """Smallest budget in tokens that can hold sinks and recent tokens in whole blocks."""
-        return self.sink_tokens + self.recent_tokens + self.block_size - 1
+        """Smallest budget in tokens that can hold sinks and recent tokens in whole blocks.
+
+        At worst the open block is one token short of full. It holds recent tokens alone, the
+        sinks need whole blocks of the store beside it.
+        """
+        forced = max(self.sink_tokens + self.recent_tokens, self.sink_blocks * self.block_size)
+        return forced + self.block_size - 1
 
     def budget(self, num_prompt_tokens: int) -> int:
         """Returns the tokens kept per layer and KV head for a prompt of this length."""
@@ -167,6 +172,18 @@ class RetentionPlan:
         """
         event = self.last_event(num_prompt_tokens, end)
         return event if event > start else 0
+
+    def may_be_due(self, num_prompt_tokens: IntArray, starts: IntArray, ends: IntArray) -> IntArray:
+        """Returns the rows whose chunk [start, end) holds a position of an event.
+
+        A cheap sieve: `due_event` says whether the event of such a row is effective.
+        """
+        crossing = (starts < num_prompt_tokens) & (ends >= num_prompt_tokens)
+        if self.every_decode_tokens:
+            every = self.every_decode_tokens
+            past = (ends - num_prompt_tokens) // every > (starts - num_prompt_tokens) // every
+            crossing |= past & (starts >= num_prompt_tokens)
+        return np.flatnonzero(crossing) if self.store else np.empty(0, np.int64)
 
     def store_blocks(self, num_prompt_tokens: int, event: int) -> int:
         """Returns the whole blocks that the store holds after the event at `event`."""
@@ -328,32 +345,41 @@ class RetentionPlan:
         """Returns an upper bound on query-lane blocks for a sequence of this length."""
         return self.query_blocks if self.store_bound(num_tokens) else 0
 
+    def blocks_held(self, num_prompt_tokens: int, end: int) -> int:
+        """Returns the blocks that one request holds in a step that computes up to `end`.
+
+        It generates token by token, and one step is in flight while the next is scheduled
+        (vLLM's asynchronous scheduling): what is freed lags `end` by three tokens.
+        """
+        settled = max(0, end - 3)
+        freed_from, freed_to = self.freed_staging(num_prompt_tokens, settled)
+        held = -(-end // self.block_size) - (freed_to - freed_from)
+        held += self.store_need(num_prompt_tokens, end)
+        held += self.position_need(num_prompt_tokens, end)
+        if not self.queries_freed(num_prompt_tokens, settled):
+            held += self.query_need(num_prompt_tokens, end)
+        return held
+
     def peak_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> int:
         """Returns the most blocks that one request holds at a time.
 
-        The maximum falls at the end of the prompt: exact staging, store and query window
-        together, plus the tokens of the two steps before the first block is freed.
+        The maximum falls two tokens behind an event, before its blocks come back, or near the
+        end of the request.
         """
-        end = num_prompt_tokens + min(2, num_output_tokens)
-        staging = -(-end // self.block_size)
-        private = (
-            self.store_need(num_prompt_tokens, num_prompt_tokens)
-            + self.position_need(num_prompt_tokens, num_prompt_tokens)
-            + self.query_need(num_prompt_tokens, num_prompt_tokens)
-        )
-        return max(staging + private, self.steady_blocks(num_prompt_tokens, num_output_tokens))
-
-    def steady_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> int:
-        """Returns the blocks that one request holds when it has generated so many tokens."""
         end = num_prompt_tokens + num_output_tokens
-        settled = max(num_prompt_tokens, end - 2)
-        freed_from, freed_to = self.freed_staging(num_prompt_tokens, settled)
-        staging = -(-end // self.block_size) - (freed_to - freed_from)
-        return (
-            staging
-            + self.store_need(num_prompt_tokens, settled)
-            + self.position_need(num_prompt_tokens, settled)
-        )
+        every = self.every_decode_tokens or max(1, num_output_tokens)
+        ends = [
+            *range(num_prompt_tokens + 2, end, every),
+            *range(max(num_prompt_tokens, end - self.block_size + 1), end + 1),
+        ]
+        return max(self.blocks_held(num_prompt_tokens, end) for end in ends)
+
+    def steady_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 3) -> int:
+        """Returns the blocks that one request holds when it has generated so many tokens.
+
+        With fewer than three, what it holds once the blocks of the prompt have come back.
+        """
+        return self.blocks_held(num_prompt_tokens, num_prompt_tokens + max(3, num_output_tokens))
 
     def requests_at_once(
         self, num_blocks: int, num_prompt_tokens: int, num_output_tokens: int = 1

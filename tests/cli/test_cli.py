@@ -218,7 +218,7 @@ WRONG_WORDS = [
     ),
     (
         ["explain", "snapkv:tokens=70", "--model", "testbed"],
-        ["evict.budget.tokens", "70 with block size 16", "at least 83"],
+        ["evict.budget.tokens", "70 tokens at a block size of 16", "at least 83"],
     ),
     (["explain", "snapkv", "--model", "testbed", "--", "--block-size", "x"], ["--block-size"]),
     (["check", "missing.yaml"], ["'missing.yaml' cannot be read"]),
