@@ -84,11 +84,12 @@ class PageMap:
             (2, heads, block_size, content), strides, dtype=cache.dtype, device=cache.device
         )
         slots = torch.arange(block_size, 2 * block_size, dtype=torch.int64, device=cache.device)
-        # Element ids in the op's own order of arguments, [K|V, block_size, heads, head_dim].
-        ids = torch.arange(page_elements, device=cache.device)
+        # Element ids in the op's own order of arguments, [K|V, block_size, heads, head_dim], from
+        # 1 on: what the op leaves out stays 0.
+        ids = torch.arange(1, page_elements + 1, device=cache.device)
         found = torch.zeros(page_elements, dtype=torch.int64, device=cache.device)
         weight = 1
-        while weight < page_elements:
+        while weight <= page_elements:
             digit = (ids // weight % _DIGIT).to(cache.dtype)
             key, value = digit.view(2, block_size, heads, head_dim)
             scratch.zero_()
