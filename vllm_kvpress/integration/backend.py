@@ -227,6 +227,8 @@ def add_private_lanes(impl: Any, vllm_config: VllmConfig) -> None:
         (name, layer) for name, layer in context.items() if getattr(layer, "impl", None) is impl
     )
     runtime = impl.lane_runtime
+    if prefix in runtime.layer_names:  # weights were loaded anew
+        return
     runtime.layer_names.append(prefix)
     staging = base.get_attn_backend().customize_spec(base.get_kv_cache_spec(vllm_config))
     for lane, spec_cls in private_lanes(staging.plan).items():

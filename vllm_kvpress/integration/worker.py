@@ -159,9 +159,7 @@ class LaneRuntime:
     ) -> None:
         plan = self.plan
         assert plan is not None
-        if not plan.store:
-            return
-        for row in np.flatnonzero(ends >= prompts):
+        for row in plan.may_be_due(prompts, starts, ends):
             prompt, start, end = int(prompts[row]), int(starts[row]), int(ends[row])
             event = plan.due_event(prompt, start, end)
             if event:
