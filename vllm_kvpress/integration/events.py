@@ -123,14 +123,16 @@ class EventRunner:
             first_kv_head=self._first_kv_head,
             scale=layer.impl.scale,
         )
-        scores = self._scores(observation)
+        label = f"{self.label}, layer {layer.layer_idx},"
+        scores = self._scores(observation, label)
         num_store_blocks = plan.store_blocks(event.num_prompt_tokens, event.event)
         kept = select_tokens(
-            scores[:, : num_tokens - tail],
+            scores,
             num_store_blocks * block_size,
             plan.sink_tokens,
             max(0, plan.recent_tokens - tail),
-            context=f"{self.label}, layer {layer.layer_idx},",
+            num_candidates=num_tokens - tail,
+            context=label,
         )
         index = kept[:, :, None].expand(-1, -1, page_map.head_dim)
         page_map.write(
@@ -145,13 +147,15 @@ class EventRunner:
         if self.observer is not None:
             self.observer(event, layer.layer_idx, kept)
 
-    def _scores(self, observation: LayerObservation) -> torch.Tensor:
+    def _scores(self, observation: LayerObservation, label: str) -> torch.Tensor:
+        """Returns the scores of all observed tokens, those of the open block included."""
         scores = self.scorer.score(observation)
         expected = (observation.num_kv_heads, observation.num_tokens)
-        if tuple(getattr(scores, "shape", ())) != expected:
+        got = tuple(getattr(scores, "shape", ()))
+        if got != expected:
             raise ScoreError(
-                f"{self.label}, layer {observation.layer_idx}, did not score every token",
-                got=f"shape {tuple(getattr(scores, 'shape', ()))}",
+                f"{label} did not score every token",
+                got=f"shape {got}",
                 allowed=f"[num_kv_heads, num_tokens] = {expected}",
             )
         return scores

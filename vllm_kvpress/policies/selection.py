@@ -13,6 +13,7 @@ def select_tokens(
     sink_tokens: int,
     recent_tokens: int,
     *,
+    num_candidates: int | None = None,
     context: str = "the scorer",
 ) -> torch.Tensor:
     """Returns the indices of the kept tokens, int64 [num_kv_heads, num_keep], each row ascending.
@@ -25,13 +26,16 @@ def select_tokens(
         scores: float32 [num_kv_heads, num_tokens], not modified.
         num_keep: tokens to keep in each row, from sink_tokens + recent_tokens to num_tokens.
         sink_tokens: forced tokens at the front.
-        recent_tokens: forced tokens at the back.
+        recent_tokens: forced tokens at the back, of the candidates.
+        num_candidates: choose among the first so many tokens, all by default; the scores of the
+            others are checked, not ranked.
         context: who scored what, for the error message ("scorer 'knorm', layer 3").
 
     Raises:
         ScoreError: `scores` is not float32 [num_kv_heads, num_tokens], or has a NaN anywhere.
     """
     check_scores(scores, context)
+    scores = scores[:, :num_candidates]
     num_heads, num_tokens = scores.shape
     assert 0 <= num_keep <= num_tokens, (num_keep, num_tokens)
     if num_keep == num_tokens:
