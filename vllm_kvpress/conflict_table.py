@@ -15,7 +15,6 @@ Refuses = Callable[[str], bool]
 # Combinations that tests cover.
 ALLOWED = (
     "tensor parallelism",
-    "data parallelism",
     "prefix caching, chunked prefill, asynchronous scheduling",
     "LoRA",
     "n > 1",

@@ -54,7 +54,9 @@ class Rule:
             return self.budget
         if self.keep_ratio is None:
             return self.sinks + self.recent
-        least = self.sinks + self.recent + self.block_size - 1
+        # The open block is up to one token short of full; sinks fill whole blocks beside it.
+        sinks_blocks = -(-self.sinks // self.block_size) * self.block_size
+        least = max(self.sinks + self.recent, sinks_blocks) + self.block_size - 1
         return max(int(self.keep_ratio * prompt_len), least)
 
     def events(self, prompt_len: int, start: int, end: int) -> list[int]:
@@ -164,6 +166,7 @@ class DenseReference:
         outputs: Sequence[int],
         chunks: Iterable[tuple[int, int]] | None = None,
         forced_kept: Sequence[Kept] | None = None,
+        delivered: Sequence[int] = (),
     ) -> Result:
         """Returns the log-probabilities that the given outputs were chosen from.
 
@@ -175,17 +178,22 @@ class DenseReference:
                 default the prompt is one chunk and each output a chunk of its own.
             forced_kept: what events keep instead of the rule's own choice, one entry for each time
                 the request started; the rule itself decides events that are not in it.
+            delivered: how many outputs the request had each time it started over; an asynchronous
+                engine drops what was in flight, and computes it again.
         """
         tokens = [*prompt, *outputs]
         total = len(tokens) - 1
         rows = torch.empty(len(outputs), 0)
         starts_over = iter(forced_kept) if forced_kept is not None else None
+        deliveries = iter(delivered)
         kept: Kept = {}
         flips: list[float] = []
         run: _Run | None = None
         for start, end in chunks or default_chunks(len(prompt), total):
             if start == 0:
                 forced = next(starts_over) if starts_over is not None else None
+                if run is not None:
+                    rows[next(deliveries, len(rows)) :] = torch.nan
                 run = _Run(self.model, self.rule, len(prompt), forced, kept, flips)
             assert run is not None, "the first chunk starts at 0"
             logprobs = run.step(tokens[start:end], start)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["random_llama", "random_prompt"]
+__all__ = ["random_llama", "random_prompt", "write_tokenizer"]
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -54,7 +54,7 @@ def random_llama(
     }
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "bos_token_id": 1}))
-    _write_tokenizer(path, vocab)
+    write_tokenizer(path, vocab)
     generator = torch.Generator().manual_seed(seed)
     save_file(_weights(config, generator), path / "model.safetensors", metadata={"format": "pt"})
     return path
@@ -95,7 +95,8 @@ def _weights(config: dict, generator: torch.Generator) -> dict[str, torch.Tensor
     return weights
 
 
-def _write_tokenizer(path: Path, vocab: int) -> None:
+def write_tokenizer(path: Path, vocab: int) -> None:
+    """Writes a tokenizer that maps one word to each id."""
     words = [*_SPECIAL, *(f"w{idx}" for idx in range(len(_SPECIAL), vocab))]
     tokenizer = {
         "version": "1.0",

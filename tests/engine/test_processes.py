@@ -1,0 +1,144 @@
+"""Engines in processes of their own: both runners, both schedulers, compiled, tensor-parallel."""
+
+import json
+
+import pytest
+from reference.dense import Rule
+
+from engine.cases import CASES, LENGTHS, mixed_prompts
+from engine.child import Job, in_child
+from engine.compare import compare, expected_blocks
+from engine.harness import Trace
+from engine.workers import serve, write_spy
+
+CHUNK = 64
+RUNNER = {
+    "v1": "vllm.v1.worker.gpu_model_runner",
+    "v2": "vllm.v1.worker.gpu.model_runner",
+}
+FLAG = {
+    "vllm.engine.arg_utils.AsyncEngineArgs.__init__",
+    "vllm.engine.arg_utils.EngineArgs.__init__",
+    "vllm.engine.arg_utils.EngineArgs.add_cli_args",
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config",
+    "vllm.engine.arg_utils.EngineArgs.from_cli_args",
+}
+OUTPUTS = [12, 14, 34, 30, 20, 36, 12, 15]
+PREEMPTIONS = (3, 9, 12, 21, 26, 31)
+
+only_full = pytest.mark.full
+
+
+def rows(*quick):
+    return [pytest.param(n, marks=() if n in quick else only_full) for n in CASES]
+
+
+def check(traces, dense, rule):
+    for trace in traces:
+        comparison = compare(trace, dense, rule)
+
+        assert comparison.agrees(), (len(trace.prompt), comparison)
+
+
+def job(tiny, name, **fields):
+    runs = {
+        "mixed": (mixed_prompts(), OUTPUTS, {"chunk": CHUNK}),
+        "forced": (mixed_prompts(4), OUTPUTS, {"chunk": CHUNK, "preempt_at": PREEMPTIONS}),
+    }
+    return Job(str(tiny), runs, CASES[name].policy, **fields)
+
+
+def check_report(report, dense, name):
+    rule = CASES[name].rule
+    check(report.traces["mixed"], dense, rule)
+    check(report.traces["forced"], dense, rule)
+    assert sum(trace.preemptions for trace in report.traces["forced"]) >= 3
+    if rule.scorer != "window":
+        assert sum(bool(trace.kept[0]) for trace in report.traces["mixed"]) >= 5
+
+
+@pytest.mark.parametrize("name", rows("snapkv"))
+def test_model_runner_v2(name, tiny, dense, tmp_path):
+    report = in_child(job(tiny, name, runner="v2"), tmp_path)
+
+    assert RUNNER["v2"] in report.runner
+    assert RUNNER["v1"] not in report.runner
+    check_report(report, dense, name)
+    for trace in report.traces["mixed"]:
+        held = [{lane: len(ids) for lane, ids in step.items()} for step in trace.held]
+        assert held == expected_blocks(trace, CASES[name].rule)
+
+
+def test_the_other_tests_run_model_runner_v1(engine_of):
+    runner = engine_of(CASES["knorm"].policy).runner
+
+    modules = [kind.__module__ for kind in type(runner).__mro__]
+    assert RUNNER["v1"] in modules
+    assert RUNNER["v2"] not in modules
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_asynchronous_scheduling(name, runner, tiny, dense, tmp_path):
+    report = in_child(job(tiny, name, asynchronous=True, runner=runner), tmp_path)
+
+    assert RUNNER[runner] in report.runner
+    assert report.scheduler == "AsyncScheduler"
+    assert report.in_flight == 2
+    check_report(report, dense, name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["snapkv", "knorm", "streaming_llm"])
+def test_compiled(name, tiny, dense, tmp_path):
+    report = in_child(job(tiny, name, options={"enforce_eager": False}), tmp_path)
+
+    check_report(report, dense, name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", list(CASES))
+def test_tensor_parallel(name, tiny, dense, tmp_path):
+    prompts = mixed_prompts()
+    case = CASES[name]
+
+    write_spy(tmp_path)
+    served = serve(
+        tiny, prompts, 40, tmp_path, kv_policy=case.policy, tensor_parallel_size=2,
+        max_num_batched_tokens=CHUNK,
+    )  # fmt: skip
+
+    workers = [one for one in seen(tmp_path) if "Worker" in one["name"]]
+    assert len(workers) == 2
+    assert all(RUNNER["v1"] + ".GPUModelRunner.initialize_kv_cache" in w["ours"] for w in workers)
+    longest = LENGTHS.index(411)
+    for index, (prompt, (outputs, logprobs)) in enumerate(zip(prompts, served, strict=True)):
+        trace = Trace(prompt, outputs, logprobs, whole(prompt, outputs))
+        assert compare(trace, dense, case.rule, own=True).agrees(), len(prompt)
+        if index == longest:
+            assert compare(trace, dense, Rule(32), own=True).error > 1e-3
+
+
+def whole(prompt, outputs):
+    """Chunks: where a prompt is cut makes no difference."""
+    length = len(prompt)
+    return [(0, length), *((i, i + 1) for i in range(length, length + len(outputs) - 1))]
+
+
+def test_without_a_policy_every_process_runs_vllm_s_own_functions(tiny, tmp_path):
+    write_spy(tmp_path)
+
+    serve(tiny, [[5, 6, 7]], 2, tmp_path)
+
+    processes = seen(tmp_path)
+    assert len(processes) >= 3
+    for role in ("MainProcess", "EngineCore", "Worker"):
+        assert any(role in one["name"] for one in processes), role
+    for one in processes:
+        assert set(one["patched"]) == FLAG, one
+        assert one["ours"] == [], one
+
+
+def seen(folder):
+    return [json.loads(file.read_text()) for file in folder.glob("*.seen.json")]
