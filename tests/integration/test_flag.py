@@ -2,16 +2,20 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.selector import get_attn_backend
 
 import vllm_kvpress
 from vllm_kvpress.config import load_policy
@@ -268,6 +272,26 @@ def test_exactly_these_callables_are_wrapped(policy, wrapped):
 
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout.splitlines()[-1])) == wrapped
+
+
+def chosen_backend(config):
+    """The attention backend that an engine of this configuration gives a full-attention layer."""
+    with set_current_vllm_config(config):
+        return get_attn_backend(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto")
+
+
+def test_an_engine_without_a_policy_is_stock_after_one_with_a_policy():
+    stock = chosen_backend(config_of())
+
+    under_policy = chosen_backend(config_of(kv_policy="knorm"))
+    another = chosen_backend(config_of(kv_policy="snapkv"))
+    again = chosen_backend(config_of())
+
+    assert under_policy.inner is stock
+    assert another.inner is stock
+    assert under_policy is not another
+    assert again is stock
+    assert plugin.ACTIVE_VARIABLE not in os.environ
 
 
 def test_importing_the_package_imports_nothing_heavy():

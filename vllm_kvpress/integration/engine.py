@@ -25,7 +25,6 @@ def install() -> None:
         UnsupportedVLLMError: if the installed vLLM lacks a hook.
     """
     from vllm.platforms import current_platform
-    from vllm.v1.attention import selector
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
@@ -34,12 +33,21 @@ def install() -> None:
         base for base in type(current_platform).__mro__ if "get_attn_backend_cls" in vars(base)
     )
     compat.wrap(owner, "get_attn_backend_cls", _over_physical_tables)
-    # An engine without a policy may have cached its choice in this process.
-    selector._cached_get_attn_backend.cache_clear()
+    forget_choices()
     compat.wrap(kv_cache_utils, "get_kv_cache_groups", _group_lanes)
     compat.wrap(KVCacheManager, "get_computed_blocks", _cap_prefix_hits)
     for runner_cls in compat.runner_classes():
         compat.wrap(runner_cls, "initialize_kv_cache", _attach_lanes)
+
+
+def forget_choices() -> None:
+    """Makes the next engine of this process choose its attention backend anew.
+
+    vLLM caches the choice under a key that knows nothing of policies.
+    """
+    from vllm.v1.attention import selector
+
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def _register_specs() -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvpress.config import Policy, load_policy
 from vllm_kvpress.errors import ConfigError, ConflictError, KVPressError, shown
-from vllm_kvpress.integration import compat
-from vllm_kvpress.integration.plugin import ACTIVE_VARIABLE, ADDITIONAL_KEY
+from vllm_kvpress.integration import compat, plugin
+from vllm_kvpress.integration.plugin import ADDITIONAL_KEY
 from vllm_kvpress.policies import resolve
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _under_policy(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             policy = policy_from(self)
             if policy is None:
-                os.environ.pop(ACTIVE_VARIABLE, None)  # of an earlier engine of this process
+                plugin.deactivate()
                 return original(self, *args, **kwargs)
             return _configured(policy, self, lambda: original(self, *args, **kwargs))
         except KVPressError:
@@ -156,7 +156,7 @@ def _configured(
     policy: Policy, engine_args: "EngineArgs", create: Callable[[], "VllmConfig"]
 ) -> "VllmConfig":
     """Returns the VllmConfig of an engine under `policy`, checked; `engine_args` stay as given."""
-    from vllm_kvpress.integration import conflicts, plugin
+    from vllm_kvpress.integration import conflicts
 
     compat.check_version()
     with _fields(engine_args, _engine_fields(policy, engine_args)):

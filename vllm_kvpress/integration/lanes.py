@@ -82,6 +82,10 @@ class PrivateSpec(LaneSpec):
     def prefix_cacheable(self) -> bool:
         return False
 
+    @property
+    def uses_slot_mapping(self) -> bool:
+        return False  # events and the query window address blocks themselves
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec(PrivateSpec):

@@ -15,7 +15,7 @@ from vllm_kvpress.config import Policy
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["ADDITIONAL_KEY", "activate", "arm", "policy_of", "register"]
+__all__ = ["ADDITIONAL_KEY", "activate", "arm", "deactivate", "policy_of", "register"]
 
 ADDITIONAL_KEY = "kv_policy"
 
@@ -47,6 +47,15 @@ def activate() -> None:
     compat.refuse_streaming_input()
     engine.install()
     os.environ[ACTIVE_VARIABLE] = "1"
+
+
+def deactivate() -> None:
+    """Lets the next engine of this process be stock vLLM; an engine that runs keeps its policy."""
+    os.environ.pop(ACTIVE_VARIABLE, None)
+    if "vllm_kvpress.integration.engine" in sys.modules:
+        from vllm_kvpress.integration import engine
+
+        engine.forget_choices()
 
 
 def policy_of(vllm_config: "VllmConfig") -> Policy | None:
