@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm import envs
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -116,6 +117,9 @@ def test_additional_config_is_normalized_and_keeps_its_other_keys():
 
 
 def test_the_environment_variable_is_the_last_source(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("VLLM_")]:
+        if name not in envs.environment_variables:  # left by engines of other tests
+            monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_KV_POLICY", "knorm")
 
     # vLLM would refuse the variable under this option if it did not know it.
