@@ -101,7 +101,8 @@ class PhysicalTables:
         gaps[: len(heads)] = firsts - heads
         upper_bound = common.seq_lens_cpu_upper_bound
         assert upper_bound is not None
-        ends = upper_bound.numpy() - gaps * self.plan.block_size
+        bounds = upper_bound.numpy()
+        ends = bounds - (gaps * self.plan.block_size).astype(bounds.dtype)
         longest = int(ends.max())
         num_columns = -(-longest // self.plan.block_size)
         head = common.block_table_tensor if store_table is None else store_table
@@ -111,7 +112,7 @@ class PhysicalTables:
             block_table_tensor=table,
             seq_lens=lengths,
             max_seq_len=longest,
-            seq_lens_cpu_upper_bound=torch.from_numpy(ends).to(upper_bound.dtype),
+            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
             _num_computed_tokens_cache=None,
         )
 
@@ -131,8 +132,9 @@ class PhysicalTables:
         width = min(num_columns, head.shape[1])
         in_head = columns[:width] < head_blocks[:, None]
         np.copyto(table[:, :width], head.numpy()[:, :width], where=in_head)
-        lengths = common.seq_lens.numpy() - gaps * self.plan.block_size
-        return torch.from_numpy(table), torch.from_numpy(lengths).to(common.seq_lens.dtype)
+        lengths = common.seq_lens.numpy()
+        lengths = lengths - (gaps * self.plan.block_size).astype(lengths.dtype)
+        return torch.from_numpy(table), torch.from_numpy(lengths)
 
     def _on_device(
         self,
