@@ -356,7 +356,10 @@ def _config_error(error: ValidationError) -> ConfigError:
     if first["type"] == "missing":
         return ConfigError(f"{field} is missing", allowed=allowed, fix=f"Add {field}")
     value = first["input"]
-    fix = nearest(value, [allowed.split(" ")[0]]) if isinstance(value, str) else None
+    # A one-word choice may be misspelt; a description in words is no candidate.
+    choice = allowed.split(" ")[0]
+    is_choice = isinstance(value, str) and choice not in ("a", "an", "the")
+    fix = nearest(value, [choice]) if is_choice else None
     return ConfigError(f"{field} is not valid", got=shown(value), allowed=allowed, fix=fix)
 
 

@@ -20,7 +20,7 @@ ALLOWED = (
     "n > 1",
     "prompt_logprobs",
     "structured output",
-    "any block size that is a multiple of 8",
+    "block sizes that are a multiple of 8 and that the attention backend takes",
 )
 
 

@@ -128,8 +128,9 @@ class RetentionPlan:
         raise CapacityError(
             "evict.budget.tokens cannot hold sink_tokens + recent_tokens in whole blocks",
             got=f"{self.budget_tokens} tokens at a block size of {self.block_size}",
-            allowed=f"at least {self.least_budget} (sinks {self.sink_tokens} + recent "
-            f"{self.recent_tokens}, in whole blocks, + block size - 1)",
+            allowed=f"at least {self.least_budget}, which is block size - 1 + the larger of "
+            f"{self.sink_tokens + self.recent_tokens} (sink_tokens + recent_tokens) and "
+            f"{self.sink_blocks * self.block_size} (the sinks' blocks)",
             fix="Raise the budget, lower recent_tokens, or use a smaller --block-size",
         )
 
@@ -380,6 +381,11 @@ class RetentionPlan:
         With fewer than three, what it holds once the blocks of the prompt have come back.
         """
         return self.blocks_held(num_prompt_tokens, num_prompt_tokens + max(3, num_output_tokens))
+
+    def evicts(self, max_model_len: int) -> bool:
+        """Whether any request of at most this many tokens exceeds its budget."""
+        last = max_model_len - 1
+        return any(self.layout(prompt, last).first_block > 0 for prompt in (1, last))
 
     def requests_at_once(
         self, num_blocks: int, num_prompt_tokens: int, num_output_tokens: int = 1

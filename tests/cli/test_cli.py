@@ -207,6 +207,10 @@ WRONG_WORDS = [
     (["polices"], ["polices", "policies"]),
     (["explain", "snapkv"], ["--model"]),
     (["explain", "snapvk", "--model", "testbed"], ["Did you mean 'snapkv'?"]),
+    (
+        ["explain", "snapkv:keep_ratio=nan", "--model", "testbed"],
+        ["'nan'; allowed", "at most 1.\n"],
+    ),
     (["explain", "snapkv:pool=4", "--model", "testbed"], ["evict.scorer.pool", "odd"]),
     (["explain", "snapkv", "--model", "no/such"], ["'no/such' is not on this machine", "testbed"]),
     (["explain", "snapkv", "--model", "/no such/../x"], ["is not on this machine"]),

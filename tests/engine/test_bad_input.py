@@ -23,7 +23,7 @@ FAULTS = {
     "every token": (ScoreError, "did not score every token"),
     "wrong kind": (ScoreError, "wrong kind"),
     "no tensor": (ScoreError, "tensor|did not score"),
-    "raises": (RuntimeError, "own"),
+    "raises": (ScoreError, "layer 0, raised RuntimeError: a mistake of the scorer's own"),
 }
 
 

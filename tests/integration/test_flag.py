@@ -180,6 +180,19 @@ def test_a_wrong_policy_in_python_is_a_typed_error_before_the_engine():
         config_of(kv_policy="nosuch")
 
 
+def test_a_wrong_policy_names_its_source(monkeypatch):
+    monkeypatch.setenv("VLLM_KV_POLICY", "snpakv")
+
+    with pytest.raises(ConfigError, match=r"^VLLM_KV_POLICY: policy 'snpakv'.*mean 'snapkv'"):
+        config_of()
+
+
+@pytest.mark.parametrize("key", ["kv-policy", "kvpolicy", "KV_Policy"])
+def test_a_misspelt_key_of_additional_config_is_refused(key):
+    with pytest.raises(ConfigError, match=f"got '{key}'.*Did you mean 'kv_policy'"):
+        config_of(additional_config={key: "snapkv"})
+
+
 def test_additional_config_of_another_type_is_refused():
     args = engine_args(kv_policy="knorm")
     args.additional_config = object()

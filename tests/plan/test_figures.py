@@ -89,3 +89,16 @@ def test_the_peak_of_a_short_prompt_falls_at_its_first_decode_event(every, peak)
 
     assert max(held) == plan.peak_blocks(4, 20)
     assert plan.peak_blocks(4, 20) == (peak if not every else -(-18 // 4) + 3)
+
+
+def test_a_plan_says_whether_it_ever_evicts():
+    def plan(**given):
+        return RetentionPlan(32, 4, 16, **{"budget_tokens": 200, "keep_ratio": None, **given})
+
+    assert plan().evicts(202)
+    assert not plan().evicts(201)
+    assert plan(prompt_end=False, every_decode_tokens=10).evicts(400)
+    assert plan(budget_tokens=None, keep_ratio=0.5).evicts(400)
+    assert not plan(budget_tokens=None, keep_ratio=1.0).evicts(400)
+    assert plan(store=False).evicts(400)
+    assert not plan(store=False).evicts(200)

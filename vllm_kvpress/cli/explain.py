@@ -42,6 +42,8 @@ def explain(
     scorer = resolve(policy)
     model_shape = read_model_shape(model)
     options = parse_vllm_words(vllm_words or [])
+    if block_size is not None:
+        options["block-size"] = str(block_size)  # refused alike, wherever it was given
     block_size = block_size or _size_option(options, "block-size") or _BLOCK_SIZE
     limit = max_model_len or _size_option(options, "max-model-len") or model_shape.max_tokens
     cache = CacheShape(

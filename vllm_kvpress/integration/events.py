@@ -149,7 +149,15 @@ class EventRunner:
 
     def _scores(self, observation: LayerObservation, label: str) -> torch.Tensor:
         """Returns the scores of all observed tokens, those of the open block included."""
-        scores = self.scorer.score(observation)
+        try:
+            scores = self.scorer.score(observation)
+        except Exception as error:
+            raise ScoreError(
+                f"{label} raised {type(error).__name__}: {error}",
+                got=f"an observation of {observation.num_tokens} tokens, needs "
+                f"{', '.join(sorted(self.scorer.needs)) or 'nothing'}",
+                fix="Mend the scorer; does its `needs` name queries or positions if it reads them?",
+            ) from error
         expected = (observation.num_kv_heads, observation.num_tokens)
         got = tuple(getattr(scores, "shape", ()))
         if got != expected:

@@ -125,13 +125,14 @@ def policy_from(engine_args: "EngineArgs", env: Mapping[str, str] = os.environ) 
         ConfigError: a source is no valid policy, or two sources give different ones.
     """
     additional = engine_args.additional_config
+    _refuse_misspelt(additional)
     sources = {
         OPTION: getattr(engine_args, "kv_policy", None),
         ADDITIONAL: additional.get(ADDITIONAL_KEY) if isinstance(additional, dict) else None,
         compat.POLICY_VARIABLE: env.get(compat.POLICY_VARIABLE) or None,
     }
     given = {source: value for source, value in sources.items() if value is not None}
-    resolved = {source: _resolved(value) for source, value in given.items()}
+    resolved = {source: _from_source(source, value) for source, value in given.items()}
     if not resolved:
         return None
     (first, policy), *others = resolved.items()
@@ -144,6 +145,15 @@ def policy_from(engine_args: "EngineArgs", env: Mapping[str, str] = os.environ) 
                 fix="Give one of them",
             )
     return policy
+
+
+def _from_source(source: str, value: Any) -> Policy:
+    """Returns the policy that a source gives; an error names the source."""
+    try:
+        return _resolved(value)
+    except ConfigError as error:
+        what = f"{source}: {error.what}"
+        raise ConfigError(what, error.got, error.allowed, error.fix) from error
 
 
 def _resolved(source: str | dict[str, Any] | Path) -> Policy:
@@ -188,6 +198,19 @@ def _additional(engine_args: "EngineArgs") -> dict[str, Any]:
             allowed="a dict",
         )
     return additional
+
+
+def _refuse_misspelt(additional: Any) -> None:
+    """Refuses a key of additional_config that can only mean ours: vLLM ignores unknown keys."""
+    for key in additional if isinstance(additional, dict) else ():
+        letters = "".join(letter for letter in str(key).lower() if letter.isalpha())
+        if letters in ("kvpolicy", "kvpolicies") and key != ADDITIONAL_KEY:
+            raise ConfigError(
+                "additional_config has an unknown key",
+                got=shown(key),
+                allowed=ADDITIONAL_KEY,
+                fix=f"Did you mean {ADDITIONAL_KEY!r}?",
+            )
 
 
 @contextlib.contextmanager

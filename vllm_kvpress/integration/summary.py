@@ -41,6 +41,12 @@ def log_summary(
         if prompt > 0:
             lines.append(_row(plan, prompt, min(_OUTPUT_TOKENS, limit - prompt), pool))
     logger.info("\n  ".join(lines))
+    if not plan.evicts(limit):
+        logger.warning(
+            "KV policy %s evicts nothing here: no request of up to %d tokens exceeds its budget.",
+            policy.name,
+            limit,
+        )
 
 
 def _row(plan: RetentionPlan, prompt: int, output: int, pool: int) -> str:
