@@ -1,0 +1,122 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import report
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MADE = {
+    "date_utc": "2026-01-02",
+    "command": "python scripts/bench_quality.py",
+    "hardware": {"cpu": "a CPU", "cores": 2, "memory_gib": 8.0, "gpu": None},
+    "software": {"vllm": "0.32.0"},
+    "seeds": {"documents": 1},
+}
+ENGINE = {"model": "testbed", "dtype": "bfloat16", "block_size": 32}
+
+
+def quality_record() -> dict:
+    cells = [("none", 1.0, 1.0), ("snapkv", 0.5, 1.0), ("snapkv", 0.25, 0.93)]
+    results = [
+        {"policy": p, "keep_ratio": k, "task": "needle", "accuracy": a, "standard_error": 0.02}
+        for p, k, a in cells
+    ]
+    settings = {**ENGINE, "items": 100, "num_tokens": 2048, "tasks": ["needle"]}
+    return {**MADE, "benchmark": "quality", "settings": settings, "results": results}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "results").mkdir()
+    record = tmp_path / "results" / "cpu_quality.json"
+    record.write_text(json.dumps(quality_record()))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n\n<!-- results:quality -->\n<!-- /results:quality -->\n\nafter\n")
+    return tmp_path
+
+
+def run(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "report.py"), *options]
+    command += ["--readme", str(repository / "README.md")]
+    command += ["--results", str(repository / "results"), "--images", str(repository / "images")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_readme_gets_the_table_between_its_markers(repository):
+    assert run(repository).returncode == 0
+
+    text = (repository / "README.md").read_text()
+    assert text.startswith("before\n\n<!-- results:quality -->\n| policy |")
+    assert text.endswith("<!-- /results:quality -->\n\nafter\n")
+    assert "| full cache | 100 ± 2 | 100 ± 2 |" in text
+    assert "| `snapkv` | 100 ± 2 | 93 ± 2 |" in text
+    assert (repository / "images" / "quality.png").stat().st_size > 1000
+
+
+def test_check_fails_on_a_readme_that_differs_and_changes_nothing(repository):
+    old = (repository / "README.md").read_text()
+
+    assert run(repository, "--check").returncode == 1
+
+    assert (repository / "README.md").read_text() == old
+    assert not (repository / "images").exists()
+
+
+def test_check_passes_on_a_readme_just_written(repository):
+    run(repository)
+
+    assert run(repository, "--check").returncode == 0
+
+
+def test_writing_twice_changes_nothing():
+    text = "<!-- results:quality -->\nold\n<!-- /results:quality -->\n"
+    tables = {"quality": report.quality_table(quality_record())}
+
+    once = report.fill_markers(text, tables)
+
+    assert report.fill_markers(once, tables) == once
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- results:quality -->\n",
+        "<!-- /results:quality -->\n<!-- results:quality -->\n",
+        "<!-- results:qualty -->\n<!-- /results:qualty -->\n",
+    ],
+)
+def test_broken_markers_are_refused(text):
+    with pytest.raises(report.ReportError):
+        report.fill_markers(text, {"quality": "a table"})
+
+
+def test_tables_without_markers_are_left_out():
+    assert report.fill_markers("nothing here\n", {"quality": "a table"}) == "nothing here\n"
+
+
+def test_the_headline_says_what_was_seen():
+    text = " ".join(report.headline(report.read_record(report.RESULTS / "cpu_memory.json")).split())
+
+    assert text.startswith("In the same ")
+    assert "where stock vLLM runs 5" in text
+    assert "answers are right" in text
+
+
+def test_the_readme_in_the_repository_agrees_with_the_records():
+    command = [sys.executable, str(REPOSITORY / "scripts" / "report.py"), "--check"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(set(report.TABLES) - {"headline"}))
+def test_every_record_in_the_repository_makes_its_table(name):
+    file, table = report.TABLES[name]
+    text = table(report.read_record(report.RESULTS / file))
+
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+    assert len(rows) > 3
