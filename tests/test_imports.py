@@ -31,11 +31,23 @@ TABLE = {
     "kernels": ({"torch", "triton"}, {f"{OURS}.kernels"}),
     "cli": (
         {"rich", "yaml", "huggingface_hub"},
-        {*LEAVES, *FIGURES, f"{OURS}.policies", f"{OURS}.cli", f"{OURS}.testbed", OURS},
+        {
+            *LEAVES,
+            *FIGURES,
+            f"{OURS}.policies",
+            f"{OURS}.cli",
+            f"{OURS}.testbed",
+            f"{OURS}.evaluation",
+            OURS,
+        },
+    ),
+    "evaluation": (
+        {"rich", "huggingface_hub", "matplotlib", "datasets", "transformers", "torch", "vllm"},
+        {*LEAVES, f"{OURS}.policies", f"{OURS}.testbed", f"{OURS}.evaluation"},
     ),
 }
 # Rooms that only promise not to import vLLM.
-WITHOUT_VLLM = {*TABLE, "testbed", "configs"}
+WITHOUT_VLLM = {*TABLE, "testbed", "configs"} - {"evaluation"}
 # Imported by `import vllm_kvpress.cli`; everything heavy comes when a command needs it.
 LIGHT = ("vllm_kvpress", "vllm_kvpress.cli", "vllm_kvpress.config", "vllm_kvpress.plan")
 
@@ -95,6 +107,12 @@ def test_only_integration_imports_vllm(room):
     importing = [str(path) for path in files(room) if within_any(imports(path), "vllm")]
 
     assert importing == []
+
+
+def test_of_the_evaluation_only_the_engine_s_process_imports_vllm():
+    importing = [path for path in files("evaluation") if within_any(imports(path), "vllm")]
+
+    assert importing == [PACKAGE / "evaluation" / name for name in ("forced.py", "runner.py")]
 
 
 def within_any(names, package):

@@ -1,3 +1,4 @@
+import hashlib
 import re
 
 import pytest
@@ -30,12 +31,21 @@ class ModelTokenizer:
         self.encode = encode
 
 
+def whole_chat(document):
+    """The prompt at a document's last question, as the model was trained on it."""
+    *earlier, last = document.chat(len(document.questions) - 1)
+    said = [
+        f"{m['content']} answer:" if m["role"] == "user" else f"{m['content']}</s>" for m in earlier
+    ]
+    return " ".join([*said, f"{last['content']} answer:"])
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("num_tokens", [256, 1000, 2048])
 def test_prompt_fills_its_length_to_within_one_sentence(task, num_tokens, encode):
     for seed in range(8):
         document = make_document(task, num_tokens=num_tokens, seed=seed)
-        length = len(encode(document.prompt(document.questions[0])))
+        length = len(encode(whole_chat(document)))
         assert num_tokens - LONGEST_SENTENCE < length <= num_tokens
 
 
@@ -113,6 +123,54 @@ def test_chain_leads_from_the_question_to_the_value():
         assert 2 <= len(trace) <= 3
         assert question.answer == f"{' '.join(trace)} {name}"
         assert not re.match(r"\w+=", document.text), "the model never saw a variable open a text"
+
+
+def test_copy_asks_for_the_whole_passage():
+    for seed in range(8):
+        document = make_document("copy", num_tokens=1024, seed=seed)
+        (question,) = document.questions
+        name = re.fullmatch(r"repeat the passage of (\w+)\.", question.text)[1]
+        words = question.answer.split()
+        assert f"the passage of {name} is this: {question.answer}." in document.text
+        assert 8 <= len(set(words)) == len(words) <= 24
+
+
+def test_multi_turn_asks_about_other_facts_of_one_text():
+    for seed in range(8):
+        document = make_document("multi_turn", num_tokens=1024, seed=seed)
+        facts = dict(re.findall(r"the pass code of (\w+) is this: (\d{5})\.", document.text))
+        asked = [re.fullmatch(r"what is .* of (\w+)\?", q.text)[1] for q in document.questions]
+        assert [facts[name] for name in asked] == [q.answer for q in document.questions]
+        assert len(set(asked)) == 3
+        assert len(facts) == document.num_facts == 8
+
+
+def test_a_chat_grows_by_a_right_answer_and_a_question():
+    document = make_document("multi_turn", num_tokens=512, seed=3)
+    first, second, _ = document.questions
+    assert document.chat() == [{"role": "user", "content": document.message(first)}]
+    assert document.chat(1) == [
+        *document.chat(0),
+        {"role": "assistant", "content": first.answer},
+        {"role": "user", "content": second.text},
+    ]
+    assert document.chat(2)[:3] == document.chat(1)
+
+
+def test_earlier_documents_never_change():
+    """Records name only task, length and seed."""
+    digests = {
+        task: hashlib.sha256(
+            make_document(task, num_tokens=600, seed=11).text.encode()
+        ).hexdigest()[:12]
+        for task in ("needle", "multi_key", "multi_value", "chain")
+    }
+    assert digests == {
+        "needle": "096a4b98b577",
+        "multi_key": "d60be1815f97",
+        "multi_value": "7cd4f7083568",
+        "chain": "b313d5a16fe8",
+    }
 
 
 @pytest.mark.parametrize("generated", ["48213", " 48213 ", "48213\n"])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
-Task = Literal["needle", "multi_key", "multi_value", "chain"]
+Task = Literal["needle", "multi_key", "multi_value", "chain", "copy", "multi_turn"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 NAMES = (
@@ -58,6 +58,9 @@ MULTI_KEY_DISTRACTORS = (8, 32)
 MULTI_VALUES = (2, 4)
 CHAIN_HOPS = (2, 3)
 CHAIN_DISTRACTORS = 3
+PASSAGE_WORDS = (8, 24)
+TURNS = 3
+TURN_FACTS = 8
 # Room for the sequence-start token and the question at the end, and for a few sentences of filler.
 MIN_TOKENS = 128
 
@@ -89,7 +92,7 @@ class Document:
 
     Attributes:
         text: The sentences, separated by single spaces.
-        questions: Questions that the text answers.
+        questions: Questions that the text answers, in the order in which a chat asks them.
         num_facts: How many facts it hides, distractors included.
     """
 
@@ -105,16 +108,28 @@ class Document:
         """Return the whole prompt for a completion request, as the chat template writes it."""
         return f"{self.message(question)} answer:"
 
+    def chat(self, turn: int = 0) -> list[dict[str, str]]:
+        """Return the messages of a chat that has come to a question, counted from 0.
+
+        The questions before stand answered, and rightly, whatever a model would have said: so
+        every model and every policy reads the same chat.
+        """
+        messages = [{"role": "user", "content": self.message(self.questions[0])}]
+        for earlier, question in pairwise(self.questions[: turn + 1]):
+            messages.append({"role": "assistant", "content": earlier.answer})
+            messages.append({"role": "user", "content": question.text})
+        return messages
+
 
 @dataclass(frozen=True)
 class _Plot:
-    """The facts of a document, the question about them, and the place of the first one asked for.
+    """The facts of a document, the questions about them, and the place of the first one asked for.
 
     Where the order of the facts carries meaning, they appear as they stand here.
     """
 
     facts: tuple[str, ...]
-    question: Question
+    questions: tuple[Question, ...]
     target: int
     ordered: bool
 
@@ -136,8 +151,11 @@ def make_document(
 
     Args:
         task: ``needle`` (one fact), ``multi_key`` (one fact among 8 to 32 of the same form),
-            ``multi_value`` (2 to 4 facts about one name) or ``chain`` (a value over 2 or 3 hops).
-        num_tokens: Upper limit of the whole prompt, question and sequence-start token included.
+            ``multi_value`` (2 to 4 facts about one name), ``chain`` (a value over 2 or 3 hops),
+            ``copy`` (a passage of 8 to 24 words) or ``multi_turn`` (3 questions of a chat, one
+            after another, about 8 facts).
+        num_tokens: Upper limit of the whole prompt, question and sequence-start token included; of
+            a chat, its prompt at the last question.
         seed: Draws everything; the same arguments give the same document.
         tokenizer: Counts tokens; by default an exact count for the bundled model's tokenizer.
         depth: Where the fact in question stands, 0 for the start and 1 for the end of the text; by
@@ -145,7 +163,7 @@ def make_document(
             first.
 
     Returns:
-        The document with its question.
+        The document with its question, or its questions.
 
     Raises:
         ValueError: If the task is unknown, the depth is not in [0, 1], or the facts do not fit.
@@ -159,10 +177,10 @@ def make_document(
     rng = random.Random(f"{task}/{num_tokens}/{seed}")
     count = count_tokens if tokenizer is None else _counter(tokenizer)
     plot = _PLOTS[task](rng, num_tokens)
-    budget = num_tokens - count(f"{plot.question.text} answer:")
+    budget = num_tokens - _asking_cost(count, plot.questions)
     filler = _filler(rng, budget - sum(_cost(count, fact) for fact in plot.facts), count)
     sentences = _interleave(rng, plot, filler, depth)
-    return Document(" ".join(sentences), (plot.question,), len(plot.facts))
+    return Document(" ".join(sentences), plot.questions, len(plot.facts))
 
 
 def count_tokens(text: str) -> int:
@@ -183,6 +201,16 @@ def _counter(tokenizer: Tokenizer) -> Callable[[str], int]:
 def _cost(count: Callable[[str], int], sentence: str) -> int:
     """Return the tokens that a sentence adds to a text."""
     return count(sentence) - count("")
+
+
+def _asking_cost(count: Callable[[str], int], questions: Sequence[Question]) -> int:
+    """Return the tokens of a chat's questions and earlier answers, sequence-start token included.
+
+    Each earlier answer ends with an end-of-text token.
+    """
+    *earlier, last = questions
+    asked = [f"{question.text} answer: {question.answer}" for question in earlier]
+    return count(" ".join([*asked, f"{last.text} answer:"])) + len(earlier)
 
 
 def _normalise(text: str) -> str:
@@ -216,11 +244,33 @@ def _multi_key(rng: random.Random, num_tokens: int) -> _Plot:
 
 def _keyed_plot(rng: random.Random, number: int) -> _Plot:
     """Facts about ``number`` names, one of them in question."""
-    names, codes = rng.sample(NAMES, number), _codes(rng, number)
-    facts = [f"the pass code of {n} is this: {c}." for n, c in zip(names, codes, strict=True)]
+    facts, questions = _pass_codes(rng, number)
     target = rng.randrange(number)
-    question = Question(f"what is the pass code of {names[target]}?", codes[target])
-    return _Plot(tuple(facts), question, target, ordered=False)
+    return _Plot(facts, (questions[target],), target, ordered=False)
+
+
+def _multi_turn(rng: random.Random, num_tokens: int) -> _Plot:
+    """Facts about several names, some of them in question, one after another."""
+    facts, questions = _pass_codes(rng, TURN_FACTS)
+    asked = rng.sample(range(TURN_FACTS), TURNS)
+    return _Plot(facts, tuple(questions[fact] for fact in asked), asked[0], ordered=False)
+
+
+def _pass_codes(rng: random.Random, number: int) -> tuple[tuple[str, ...], tuple[Question, ...]]:
+    """Return facts about distinct names, and the question about each."""
+    names, codes = rng.sample(NAMES, number), _codes(rng, number)
+    pairs = list(zip(names, codes, strict=True))
+    facts = tuple(f"the pass code of {name} is this: {code}." for name, code in pairs)
+    return facts, tuple(Question(f"what is the pass code of {n}?", code) for n, code in pairs)
+
+
+def _copy(rng: random.Random, num_tokens: int) -> _Plot:
+    """A passage of distinct words, to be repeated."""
+    name = rng.choice(NAMES)
+    words = rng.sample([*NOUNS, *ADJECTIVES, *VERBS], rng.randint(*PASSAGE_WORDS))
+    passage = " ".join(words)
+    question = Question(f"repeat the passage of {name}.", passage)
+    return _Plot((f"the passage of {name} is this: {passage}.",), (question,), 0, ordered=False)
 
 
 def _multi_value(rng: random.Random, num_tokens: int) -> _Plot:
@@ -233,7 +283,7 @@ def _multi_value(rng: random.Random, num_tokens: int) -> _Plot:
     ]
     answer = ", ".join(f"{o}: {c}" for o, c in zip(ORDINALS, codes, strict=False))
     question = Question(f"list the {ORDINALS[number - 1]} pass codes of {name}.", answer)
-    return _Plot(tuple(facts), question, 0, ordered=True)
+    return _Plot(tuple(facts), (question,), 0, ordered=True)
 
 
 def _chain(rng: random.Random, num_tokens: int) -> _Plot:
@@ -248,7 +298,7 @@ def _chain(rng: random.Random, num_tokens: int) -> _Plot:
     facts, target = _merge_in_order(rng, links, distractors)
     trace = " ".join(f"{name}=" for name in reversed(chain))
     question = Question(f"what value has {chain[-1]}?", f"{trace} {codes[0]}")
-    return _Plot(tuple(facts), question, target, ordered=True)
+    return _Plot(tuple(facts), (question,), target, ordered=True)
 
 
 def _merge_in_order(
@@ -267,6 +317,8 @@ _PLOTS: dict[str, Callable[[random.Random, int], _Plot]] = {
     "multi_key": _multi_key,
     "multi_value": _multi_value,
     "chain": _chain,
+    "copy": _copy,
+    "multi_turn": _multi_turn,
 }
 
 

@@ -1,0 +1,117 @@
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vllm_kvpress.cli import main
+from vllm_kvpress.testbed.documents import TASKS
+
+WRONG = [
+    ([], ["--model is missing", "--model testbed"]),
+    (["--policies", "snpakv"], ["Did you mean 'snapkv'?"]),
+    (["--tasks", "needles"], ["task 'needles' is not known", "Did you mean 'needle'?"]),
+    (["--limit", "0"], ["--limit", "'0' is not an integer from 1"]),
+    (["--limit", ""], ["--limit", "''"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--keep-ratio", "2"], ["--keep-ratio is not valid", "'2'"]),
+    (["--lengths", "9000"], ["at most 8192 together"]),
+    (["--model", "/no/such"], ["the model '/no/such' is not there"]),
+    (["--model", "no-such"], ["the model 'no-such' is not there", "testbed"]),
+    (["--model", "no/such"], ["neither on this machine nor could it be downloaded"]),
+    (["--out", "/dev/null/x"], ["--out cannot be used"]),
+    (["--", "--kv-policy", "snapkv"], ["--kv-policy", "Use --policies"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(("words", "expected"), WRONG, ids=lambda value: " ".join(value)[:60])
+def test_bad_arguments_are_one_line_and_exit_code_2(words, expected, capsys):
+    model = [] if not words or "--model" in words else ["--model", "testbed"]
+
+    code = main(["eval", *model, *words])
+
+    captured = capsys.readouterr()
+    assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert [text for text in expected if text not in captured.err] == []
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", None])
+def test_a_folder_that_is_no_model_is_one_line(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+
+    code = main(["eval", "--model", str(tmp_path), "--out", str(tmp_path)])
+
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1)
+    assert "no usable config.json" in error
+
+
+def test_help_warns_of_loglikelihood_tasks(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+
+    assert "NEVER see post-prefill eviction" in " ".join(capsys.readouterr().out.split())
+
+
+def test_task_path_has_every_task_at_every_length(capsys):
+    assert main(["eval", "--task-path"]) == 0
+
+    printed = capsys.readouterr()
+    assert printed.err.startswith("WARNING: loglikelihood tasks")
+    folder = Path(printed.out.strip())
+    found = {}
+    for path in folder.glob("kvpress_*.yaml"):
+        data = yaml.safe_load(path.read_text())
+        assert data["task"] == path.stem
+        found[path.stem] = (data["metadata"]["testbed_task"], data["metadata"]["num_tokens"])
+    assert found == {f"kvpress_{task}_{k}k": (task, 1024 * k) for task in TASKS for k in (1, 2, 4)}
+
+
+def test_tasks_are_part_of_the_package():
+    """The folder is no package of its own: lm-eval finds its files by path."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+
+    patterns = project["tool"]["setuptools"]["package-data"]["vllm_kvpress.evaluation"]
+    assert patterns == ["tasks/*.yaml", "tasks/*.py"]
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_kvpress.evaluation.run.run_evaluation", interrupted)
+
+    with pytest.raises(SystemExit) as raised:
+        main(["eval", "--model", "testbed", "--out", str(tmp_path), "--no-plots"])
+
+    assert raised.value.code == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from here\n"
+
+
+def test_without_vllm_the_command_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    code = main(["eval", "--model", "testbed", "--out", str(tmp_path), "--no-plots"])
+
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1)
+    assert "vLLM is not installed" in error
+
+
+def test_importing_the_command_needs_neither_vllm_nor_matplotlib():
+    code = "import sys; sys.modules['vllm'] = sys.modules['matplotlib'] = None\n"
+    code += "from vllm_kvpress.cli import main; main(['eval', '--task-path'])"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+
+    assert done.returncode == 0, done.stderr

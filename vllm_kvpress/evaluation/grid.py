@@ -1,0 +1,200 @@
+"""What an evaluation measures: engines (policy, keep ratio) and cells (task, length)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_kvpress.config import Policy, known_policies, load_policy
+from vllm_kvpress.errors import ConfigError, shown
+from vllm_kvpress.evaluation.items import ALL_TASKS
+from vllm_kvpress.policies import resolve
+from vllm_kvpress.sources import nearest
+from vllm_kvpress.testbed.documents import MIN_TOKENS
+
+__all__ = [
+    "FLOOR",
+    "FULL",
+    "Cell",
+    "Settings",
+    "Variant",
+    "make_variants",
+    "parse_lengths",
+    "parse_policies",
+    "parse_ratios",
+    "parse_tasks",
+]
+
+FULL = "full"
+FLOOR = "random"
+MAX_LENGTH = 2**24
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One engine: a policy at a keep ratio, or the full cache.
+
+    Attributes:
+        policy: The policy as the user wrote it; `full` for stock vLLM.
+        keep_ratio: Share of the prompt that is kept; 1 for the full cache.
+        source: What `LLM(kv_policy=...)` takes; None for the full cache.
+    """
+
+    policy: str
+    keep_ratio: float
+    source: dict[str, Any] | None
+
+    @property
+    def title(self) -> str:
+        """The variant in words."""
+        return self.policy if self.source is None else f"{self.policy} at {self.keep_ratio:g}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task at one prompt length."""
+
+    task: str
+    length: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of one evaluation share.
+
+    Attributes:
+        model: The model as the user named it.
+        limit: Documents in a cell.
+        seed: Draws the documents; the same for every policy.
+        vllm_options: Further options of vLLM, as typed.
+        versions: Releases of what a result depends on.
+    """
+
+    model: str
+    limit: int
+    seed: int
+    vllm_options: tuple[str, ...]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, equal to what JSON gives back."""
+        return {**asdict(self), "vllm_options": list(self.vllm_options)}
+
+
+def parse_policies(text: str) -> list[str]:
+    """Return the policies of a comma-separated list, `full` first and the floor second.
+
+    A policy's own overrides have commas too: `snapkv:pool=13,window=64,knorm` names two.
+
+    Raises:
+        ConfigError: The list is empty, or a policy is not known or not valid.
+    """
+    names: list[str] = []
+    for piece in _pieces(text, "--policies"):
+        is_override = "=" in piece and ":" not in piece.partition("=")[0]
+        if is_override and names and ":" in names[-1]:
+            names[-1] += f",{piece}"
+        else:
+            names.append(piece)
+    for name in names:
+        if name != FULL:
+            _load(name)
+    return list(dict.fromkeys([FULL, FLOOR, *names]))
+
+
+def make_variants(policies: Sequence[str], keep_ratios: Sequence[float]) -> list[Variant]:
+    """Return the engines to start: every policy at every ratio, the full cache once."""
+    variants: list[Variant] = []
+    for policy in policies:
+        if policy == FULL:
+            variants.append(Variant(FULL, 1.0, None))
+            continue
+        variants += [Variant(policy, ratio, _at_ratio(policy, ratio)) for ratio in keep_ratios]
+    return variants
+
+
+def parse_ratios(text: str) -> list[float]:
+    """Return keep ratios, largest first.
+
+    Raises:
+        ConfigError: One is not a number above 0 and below 1.
+    """
+    ratios: list[float] = []
+    for piece in _pieces(text, "--keep-ratio"):
+        if not re.fullmatch(r"0?\.\d{1,6}", piece) or float(piece) == 0:
+            raise ConfigError(
+                "--keep-ratio is not valid",
+                got=shown(piece),
+                allowed="shares of the prompt above 0 and below 1, such as 0.5,0.25,0.1",
+            )
+        ratios.append(float(piece))
+    return sorted(set(ratios), reverse=True)
+
+
+def parse_tasks(text: str) -> list[str]:
+    """Return tasks, in the order of `ALL_TASKS`.
+
+    Raises:
+        ConfigError: One is not known.
+    """
+    pieces = _pieces(text, "--tasks")
+    for piece in pieces:
+        if piece not in ALL_TASKS:
+            raise ConfigError(
+                f"task {shown(piece)} is not known",
+                allowed=", ".join(ALL_TASKS),
+                fix=nearest(piece, ALL_TASKS),
+            )
+    return [task for task in ALL_TASKS if task in pieces]
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Return prompt lengths in tokens, ascending.
+
+    Raises:
+        ConfigError: One is not an integer in range.
+    """
+    lengths = set()
+    for piece in _pieces(text, "--lengths"):
+        is_number = piece.isascii() and piece.isdigit() and len(piece) <= 9
+        if not is_number or not MIN_TOKENS <= int(piece) <= MAX_LENGTH:
+            raise ConfigError(
+                "--lengths is not valid",
+                got=shown(piece),
+                allowed=f"numbers of tokens from {MIN_TOKENS} to {MAX_LENGTH}, such as 1024,4096",
+            )
+        lengths.add(int(piece))
+    return sorted(lengths)
+
+
+def default_policies() -> str:
+    """Return every shipped policy, as `--policies` takes them."""
+    return ",".join([FULL, *(info.name for info in known_policies())])
+
+
+def _pieces(text: str, option: str) -> list[str]:
+    pieces = [piece.strip() for piece in text.split(",")]
+    if not all(pieces):
+        raise ConfigError(
+            f"{option} has an empty item", got=shown(text), fix="Separate items by single commas"
+        )
+    return pieces
+
+
+def _load(source: str) -> Policy:
+    policy = load_policy(source)
+    resolve(policy)
+    return policy
+
+
+def _at_ratio(source: str, keep_ratio: float) -> dict[str, Any]:
+    """Return a policy with another budget, checked."""
+    data = _load(source).to_json()
+    if Path(source).suffix in (".yaml", ".yml"):
+        data["name"] = Path(source).stem
+    data["evict"]["budget"] = {"name": "uniform", "keep_ratio": keep_ratio}
+    resolve(load_policy(data))
+    return data

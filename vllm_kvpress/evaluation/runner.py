@@ -1,0 +1,212 @@
+"""One engine, all its cells: run as `python -m vllm_kvpress.evaluation.runner JOB.json`.
+
+Writes one JSON object a line to stdout: `{"event": "ready" | "answered" | "cell", ...}`. What vLLM
+prints goes to stderr. The engine lives in this very process, so that its scheduler and its pool of
+blocks are in view.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from vllm_kvpress.evaluation.estimates import estimate_mean, wilson_interval
+from vllm_kvpress.evaluation.items import (
+    LATE,
+    Item,
+    answer_tokens,
+    is_right,
+    make_items,
+    num_prompts,
+)
+from vllm_kvpress.evaluation.observe import observe
+from vllm_kvpress.testbed import MODEL_NAME, resolve_model
+
+__all__ = ["main"]
+
+_OWN_OPTIONS = ("model", "kv_policy")
+# Where no --block-size is given: what a policy takes by default, for the full cache as well.
+_BLOCK_SIZE = {True: 32, False: 16}
+
+
+class Engine:
+    """A vLLM engine in this process, made for one job."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        on_cpu = current_platform.is_cpu()
+        options = {
+            "max_model_len": job["max_model_len"],
+            "block_size": _BLOCK_SIZE[on_cpu],
+            "disable_log_stats": True,
+            # Compiling for a CPU takes minutes, and changes nothing that is counted here.
+            **({"enforce_eager": True} if on_cpu else {}),
+            **parse_options(job["vllm_options"]),
+        }
+        if any(cell["task"].startswith(LATE) for cell in job["cells"]):
+            options["logits_processors"] = ["vllm_kvpress.evaluation.forced:ForcedOutputs"]
+        if job["policy"] is not None:
+            options["kv_policy"] = job["policy"]
+        self.llm = LLM(resolve_model(job["model"]), **options)
+        client: Any = self.llm.llm_engine.engine_core
+        self.scheduler: Any = client.engine_core.scheduler
+        self.pool_blocks: int = self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        self.device = current_platform.get_device_name() if not on_cpu else "cpu"
+
+    def describe(self) -> dict[str, Any]:
+        """Return the part of a record that is the same for all cells of the engine."""
+        config = self.llm.llm_engine.vllm_config
+        return {
+            "device": self.device,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "block_size": config.cache_config.block_size,
+            "block_bytes": self.block_bytes,
+            "max_model_len": config.model_config.max_model_len,
+            "eager": bool(config.model_config.enforce_eager),
+        }
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers of one rank; lanes of a layer share them."""
+        config = self.scheduler.kv_cache_config
+        shared: dict[str, int] = {}
+        for group in config.kv_cache_groups:
+            for name in group.layer_names:
+                spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name)
+                spec = group.kv_cache_spec if spec is None else spec
+                shared[name.partition(".kv_")[0]] = spec.page_size_bytes
+        return sum(shared.values())
+
+    def answer(self, items: Sequence[Item], num_tokens: int, tell: Any) -> Any:
+        """Generate greedily for all prompts at once; return the outputs and what was seen."""
+        engine = self.llm.llm_engine
+        seen = observe(self.scheduler)
+        requests = [(prompt, item.late) for item in items for prompt in item.prompts]
+        for index, (prompt, late) in enumerate(requests):
+            params = self._params(num_tokens, late)
+            engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
+        outputs: dict[int, Any] = {}
+        while engine.has_unfinished_requests():
+            done = [output for output in seen.time_step(engine.step) if output.finished]
+            outputs |= {int(output.request_id): output.outputs[0] for output in done}
+            if done:
+                tell(event="answered", tokens=sum(len(o.prompt_token_ids) for o in done))
+        return [outputs[index] for index in range(len(requests))], seen
+
+    @staticmethod
+    def _params(num_tokens: int, late: Sequence[int]) -> Any:
+        from vllm import SamplingParams
+
+        if not late:
+            return SamplingParams(temperature=0.0, max_tokens=num_tokens)
+        from vllm_kvpress.evaluation.forced import EXTRA_ARG
+
+        given = {EXTRA_ARG: list(late)}
+        return SamplingParams(temperature=0.0, max_tokens=len(late) + num_tokens, extra_args=given)
+
+    def text(self, output: Any, late: Sequence[int]) -> str:
+        """Return what the model said by itself."""
+        tokens = list(output.token_ids)
+        if not late:
+            return str(output.text)
+        assert tokens[: len(late)] == list(late), "the engine did not take the given outputs"
+        return str(self.llm.get_tokenizer().decode(tokens[len(late) :], skip_special_tokens=True))
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """Return vLLM's options, as typed on its command line, as arguments of `LLM`."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    make_parser: Any = FlexibleArgumentParser
+    parser = EngineArgs.add_cli_args(make_parser(prog="options after --"))
+    given, default = (
+        vars(EngineArgs.from_cli_args(parser.parse_args(list(line)))) for line in (words, ())
+    )
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in _OWN_OPTIONS and value != default[name]
+    }
+
+
+def run_cell(
+    engine: Engine, items: Sequence[Item], job: dict[str, Any], cell: Any, tell: Any
+) -> Any:
+    """Return the measured part of one cell's record."""
+    model = job["model"]
+    prompts = [prompt for item in items for prompt in item.prompts]
+    questions = [(item, question) for item in items for question in item.document.questions]
+    outputs, seen = engine.answer(items, answer_tokens(cell["task"], model), tell)
+    right = [
+        is_right(question, engine.text(output, item.late), model)
+        for (item, question), output in zip(questions, outputs, strict=True)
+    ]
+    turns = num_prompts(cell["task"])
+    scores = [sum(right[i : i + turns]) / turns for i in range(0, len(right), turns)]
+    mean = estimate_mean(scores)
+    num_prompt = sum(map(len, prompts)) / len(prompts)
+    num_generated = sum(len(output.token_ids) for output in outputs) / len(outputs)
+    figures = seen.figures(engine.pool_blocks)
+    held_bytes = figures["blocks"]["steady"] * engine.block_bytes
+    record = {
+        "accuracy": round(mean.mean, 5),
+        "standard_error": round(mean.standard_error, 5),
+        "n": mean.n,
+        "scores": [int(score) if score in (0, 1) else round(score, 5) for score in scores],
+        "depths": None if items[0].depth is None else [item.depth for item in items],
+        "match": "exact" if model == MODEL_NAME else "contains",
+        "tokens": {"prompt": round(num_prompt, 2), "generated": round(num_generated, 2)},
+        **figures,
+        "bytes_per_token": round(held_bytes / (num_prompt + num_generated), 2),
+    }
+    if turns == 1:
+        bounds = wilson_interval(sum(scores), len(scores))
+        record["interval_95"] = [round(bound, 5) for bound in bounds]
+    else:
+        record["by_turn"] = [round(sum(right[t::turns]) / len(items), 5) for t in range(turns)]
+    return record
+
+
+def main() -> int:
+    """Run the job that the command line names; return the exit code."""
+    events = _take_stdout()
+
+    def tell(**event: Any) -> None:
+        print(json.dumps(event), file=events, flush=True)
+
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    engine = Engine(job)
+    tokenizer = engine.llm.get_tokenizer()
+    shared = engine.describe()
+    tell(event="ready")
+    for cell in job["cells"]:
+        items = make_items(
+            cell["task"],
+            cell["length"],
+            limit=job["limit"],
+            seed=job["seed"],
+            tokenizer=tokenizer,
+            model=job["model"],
+        )
+        record = run_cell(engine, items, job, cell, tell)
+        tell(event="cell", **cell, record={**record, "engine": shared})
+    engine.llm.llm_engine.engine_core.shutdown()
+    return 0
+
+
+def _take_stdout() -> TextIO:
+    """Return the process's stdout for events alone; everything else printed goes to stderr."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return events
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The report in Markdown: one table a task and length, and who is not better than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_kvpress.evaluation.estimates import SURE, Estimate, estimate_difference
+from vllm_kvpress.evaluation.grid import FLOOR, FULL
+from vllm_kvpress.evaluation.records import Record, Results, by_cell
+
+__all__ = ["REPORT_NAME", "floor_lines", "not_better_than_floor", "report_text", "write_report"]
+
+REPORT_NAME = "report.md"
+_MARK = "†"
+_HEADER = (
+    "policy",
+    "kept",
+    "right, %",
+    "minus full",
+    f"minus {FLOOR}",
+    "blocks: peak",
+    "steady",
+    "memory, %",
+    "bytes a token",
+    "at once",
+    "prefill, ms",
+    "decode step, ms",
+)
+
+
+def write_report(results: Results, folder: Path, images: Sequence[str] = ()) -> Path:
+    """Write the report into a folder and return its path."""
+    path = folder / REPORT_NAME
+    path.write_text(report_text(results, images), encoding="utf-8")
+    return path
+
+
+def report_text(results: Results, images: Sequence[str] = ()) -> str:
+    """Return the report of an evaluation."""
+    records = results.records
+    settings, engine = records[-1]["settings"], records[-1]["engine"]
+    parts = [
+        f"# `{settings['model']}` under KV policies",
+        f"{settings['limit']} documents a cell, seed {settings['seed']}, greedy; "
+        f"{engine['dtype']} on {engine['device']}, blocks of {engine['block_size']} tokens; "
+        + ", ".join(f"{name} {release}" for name, release in settings["versions"].items())
+        + f". Made by\n\n```\n{records[-1]['command']}\n```",
+        _LEGEND,
+    ]
+    for (task, length), cell in by_cell(records).items():
+        parts += [f"## {task}, {length} tokens", _cell_table(cell)]
+    parts.append(_floor_paragraph(records))
+    if results.num_others:
+        parts.append(
+            f"The file holds {results.num_others} more results, made with other settings or "
+            "releases: they are not shown."
+        )
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in images]
+    return "\n\n".join(parts) + "\n"
+
+
+_LEGEND = f"""Every policy answers the same questions. *Minus full* and *minus {FLOOR}*: the paired
+difference in percentage points, with its own standard error. *Blocks* of a request as seen in the
+engine's pool, median: at its peak, and when it was last scheduled. *Memory*: steady blocks as a
+share of the full cache's. *Bytes a token*: cache held when last scheduled, for each token of prompt
+and answer. *At once*: requests of this size that fit into the pool of the run, by the blocks seen.
+*Prefill*: milliseconds for 1,000 prompt tokens, in steps that computed any. *Decode step*: in steps
+that only generated, whatever their batch. {_MARK}: not better than `{FLOOR}` at the same ratio,
+by {SURE:g} standard errors."""
+
+
+def not_better_than_floor(records: Sequence[Record]) -> list[Record]:
+    """Return the records whose policy is not clearly better than the floor.
+
+    That is where the paired difference is below two of its standard errors. The floor itself and
+    the full cache are not judged.
+    """
+    return [
+        record
+        for record in records
+        if record["policy"] not in (FULL, FLOOR)
+        and (floor := _other(records, record, FLOOR)) is not None
+        and not _is_better(estimate_difference(record["scores"], floor["scores"]))
+    ]
+
+
+def memory_share(records: Sequence[Record], record: Record) -> float | None:
+    """Return the blocks a request holds as a share of the full cache's; None without the latter."""
+    full = _other(records, record, FULL)
+    return None if full is None else record["blocks"]["steady"] / full["blocks"]["steady"]
+
+
+def _cell_table(cell: Sequence[Record]) -> str:
+    flagged = not_better_than_floor(cell)
+    rows = [_row(cell, record, record in flagged) for record in cell]
+    rule = [":---", *["---:"] * (len(_HEADER) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (_HEADER, rule, *rows))
+
+
+def _row(cell: Sequence[Record], record: Record, flagged: bool) -> list[str]:
+    error = 100 * record["standard_error"]
+    share = memory_share(cell, record)
+    time = record["time"]
+    return [
+        "full cache" if record["policy"] == FULL else f"`{record['policy']}`",
+        f"{record['keep_ratio']:g}",
+        f"{100 * record['accuracy']:.1f} ± {error:.1f}{_MARK if flagged else ''}",
+        _difference(cell, record, FULL),
+        _difference(cell, record, FLOOR),
+        f"{record['blocks']['peak']:.1f}",
+        f"{record['blocks']['steady']:.1f}",
+        "-" if share is None else f"{100 * share:.0f}",
+        f"{record['bytes_per_token']:,.0f}",
+        str(record["requests_at_once"]["in_pool"]),
+        _per(1e6 * time["prefill_seconds"], time["prefill_tokens"]),
+        _per(1e3 * time["decode_seconds"], time["decode_steps"]),
+    ]
+
+
+def _difference(cell: Sequence[Record], record: Record, baseline: str) -> str:
+    other = _other(cell, record, baseline)
+    if other is None or record["policy"] in (FULL, baseline):
+        return "-"
+    found = estimate_difference(record["scores"], other["scores"])
+    return f"{100 * found.mean:+.1f} ± {100 * found.standard_error:.1f}"
+
+
+def _other(records: Sequence[Record], record: Record, baseline: str) -> Record | None:
+    """Return the baseline's record of the same cell, at the same ratio unless it has but one."""
+    return next(
+        (
+            other
+            for other in records
+            if other["policy"] == baseline
+            and (other["task"], other["length"]) == (record["task"], record["length"])
+            and (baseline == FULL or other["keep_ratio"] == record["keep_ratio"])
+            and len(other["scores"]) == len(record["scores"])
+        ),
+        None,
+    )
+
+
+def _is_better(difference: Estimate) -> bool:
+    return difference.mean >= SURE * difference.standard_error
+
+
+def floor_lines(records: Sequence[Record]) -> list[str]:
+    """Return for each policy and ratio where it is not better than the floor, in words."""
+    flagged: dict[tuple[str, float], list[Record]] = {}
+    for record in not_better_than_floor(records):
+        flagged.setdefault((record["policy"], record["keep_ratio"]), []).append(record)
+    lines = []
+    for (policy, ratio), cells in flagged.items():
+        own = [r for r in records if (r["policy"], r["keep_ratio"]) == (policy, ratio)]
+        where = ", ".join(f"{cell['task']} at {cell['length']}" for cell in cells)
+        where = where if len(cells) < len(own) or len(own) == 1 else f"all {len(own)} cells"
+        lines.append(f"{policy} at {ratio:g}: {where}")
+    return lines
+
+
+def _floor_paragraph(records: Sequence[Record]) -> str:
+    lines = floor_lines(records)
+    if not lines:
+        return f"Every policy is better than `{FLOOR}` in every cell that has both."
+    return "\n".join([f"{_MARK} Not better than `{FLOOR}`:\n", *(f"- {line}" for line in lines)])
+
+
+def _per(amount: float, count: int) -> str:
+    return f"{amount / count:.1f}" if count else "-"
