@@ -228,11 +228,11 @@ def plot_quality(record: Record, path: Path) -> None:
         axis.set_xlabel("share of the prompt kept")
     panels[0].set_ylabel("right answers")
     lines, names = panels[0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="center right")
-    figure.tight_layout(rect=(0, 0, 0.86, 1))
+    figure.tight_layout()
+    figure.legend(lines, names, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     # No date and no version inside: the same record gives the same file.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
 
 
