@@ -167,16 +167,12 @@ class LaneLayer(AttentionLayerBase):
         lane: The lane's name, the suffix of this layer's name.
         spec_cls: The lane's spec.
         base: The attention layer it belongs to.
-        runtime: The worker's side of the policy.
     """
 
-    def __init__(
-        self, lane: str, spec_cls: type[PrivateSpec], base: Any, runtime: LaneRuntime
-    ) -> None:
+    def __init__(self, lane: str, spec_cls: type[PrivateSpec], base: Any) -> None:
         self.lane = lane
         self.spec_cls = spec_cls
         self.base = base
-        self.runtime = runtime
         self.impl = base.impl
         self.kv_cache = torch.tensor([])
 
@@ -232,4 +228,4 @@ def add_private_lanes(impl: Any, vllm_config: VllmConfig) -> None:
     runtime.layer_names.append(prefix)
     staging = base.get_attn_backend().customize_spec(base.get_kv_cache_spec(vllm_config))
     for lane, spec_cls in private_lanes(staging.plan).items():
-        context[f"{prefix}.{lane}"] = LaneLayer(lane, spec_cls, base, runtime)
+        context[f"{prefix}.{lane}"] = LaneLayer(lane, spec_cls, base)

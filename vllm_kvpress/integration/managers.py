@@ -19,7 +19,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
 )
 
-from vllm_kvpress.integration.lanes import PrivateSpec, StagingSpec
+from vllm_kvpress.integration.lanes import LaneSpec, PrivateSpec
 from vllm_kvpress.plan import RetentionPlan
 
 
@@ -67,13 +67,21 @@ class ProgressBook:
         self._entries.pop(request_id, None)
 
 
-class StagingManager(FullAttentionManager):
-    """Exact K/V: prompt blocks are cached for prefix hits, blocks leave by the plan."""
+class _Progressing(SingleTypeKVCacheManager):
+    """A manager that answers from the plan and from how far each request has come."""
 
-    def __init__(self, kv_cache_spec: StagingSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: LaneSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.plan: RetentionPlan = kv_cache_spec.plan
         self.progress = ProgressBook()
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.progress.forget(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+
+class StagingManager(_Progressing, FullAttentionManager):
+    """Exact K/V: prompt blocks are cached for prefix hits, blocks leave by the plan."""
 
     def remove_skipped_blocks(
         self,
@@ -89,19 +97,13 @@ class StagingManager(FullAttentionManager):
         # K/V of generated tokens depends on what was evicted: only prompt blocks are shared.
         super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
 
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self.progress.forget(request_id)
-        return super().pop_blocks_for_free(request_id)
 
-
-class PrivateManager(SingleTypeKVCacheManager):
+class PrivateManager(_Progressing):
     """A private lane: nothing is shared, hashed or found by a prefix hit."""
 
     def __init__(self, kv_cache_spec: PrivateSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.spec = kv_cache_spec
-        self.plan: RetentionPlan = kv_cache_spec.plan
-        self.progress = ProgressBook()
 
     def need(self, num_prompt_tokens: int, end: int) -> int:
         """Returns the blocks that a step up to position `end` needs in all."""
@@ -151,10 +153,6 @@ class PrivateManager(SingleTypeKVCacheManager):
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Private blocks are never hashed."""
-
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self.progress.forget(request_id)
-        return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(

@@ -30,8 +30,8 @@ class QueryWindow:
         blocks: int64 [n], block ids.
         offsets: int64 [n], places within a block.
         per_block: Query rows in a block.
-        masked: Whether some rows are padding (block id 0 and masked out by `valid`).
-        valid: bool [n], or None if every row counts.
+        valid: bool [n], False for rows of padding, which name the null block; None if every
+            row counts.
     """
 
     rows: torch.Tensor
