@@ -30,16 +30,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from vllm_kvpress.errors import CapacityError
 
 if TYPE_CHECKING:
     from vllm_kvpress.config import Policy
     from vllm_kvpress.policies.scorer import Scorer
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Layout(NamedTuple):
@@ -174,18 +169,6 @@ class RetentionPlan:
         event = self.last_event(num_prompt_tokens, end)
         return event if event > start else 0
 
-    def may_be_due(self, num_prompt_tokens: IntArray, starts: IntArray, ends: IntArray) -> IntArray:
-        """Returns the rows whose chunk [start, end) holds a position of an event.
-
-        A cheap sieve: `due_event` says whether the event of such a row is effective.
-        """
-        crossing = (starts < num_prompt_tokens) & (ends >= num_prompt_tokens)
-        if self.every_decode_tokens:
-            every = self.every_decode_tokens
-            past = (ends - num_prompt_tokens) // every > (starts - num_prompt_tokens) // every
-            crossing |= past & (starts >= num_prompt_tokens)
-        return np.flatnonzero(crossing) if self.store else np.empty(0, np.int64)
-
     def store_blocks(self, num_prompt_tokens: int, event: int) -> int:
         """Returns the whole blocks that the store holds after the event at `event`."""
         if not event:
@@ -205,43 +188,6 @@ class RetentionPlan:
         window = self.budget(num_prompt_tokens) - self.sink_tokens
         first = max(0, num_computed_tokens - window) // self.block_size
         return Layout(self.sink_blocks, first) if first > self.sink_blocks else Layout(0, 0)
-
-    def layouts(
-        self, num_prompt_tokens: IntArray, num_computed_tokens: IntArray
-    ) -> tuple[IntArray, IntArray]:
-        """Returns `layout` of many requests at once.
-
-        Args:
-            num_prompt_tokens: int64 [num_reqs].
-            num_computed_tokens: int64 [num_reqs].
-
-        Returns:
-            (head_blocks, first_block), both int64 [num_reqs].
-        """
-        budgets = self._budgets(num_prompt_tokens)
-        over = num_computed_tokens - num_prompt_tokens
-        if self.store:
-            if self.every_decode_tokens:
-                events = num_computed_tokens - over % self.every_decode_tokens
-                happened = (over >= 0) & (self.prompt_end | (events > num_prompt_tokens))
-            else:
-                events = num_prompt_tokens
-                happened = over >= 0
-            events = np.where(happened & (events > budgets), events, 0)
-            heads = np.maximum(0, budgets - events % self.block_size) // self.block_size
-            return np.where(events > 0, heads, 0), events // self.block_size
-        window = budgets - self.sink_tokens
-        first = np.maximum(0, num_computed_tokens - window) // self.block_size
-        sinks = self.sink_blocks
-        dropped = (over >= 0) & (first > sinks)
-        return np.where(dropped, sinks, 0), np.where(dropped, first, 0)
-
-    def _budgets(self, num_prompt_tokens: IntArray) -> IntArray:
-        if self.budget_tokens is not None:
-            return np.full_like(num_prompt_tokens, self.budget_tokens)
-        assert self.keep_ratio is not None
-        kept = (self.keep_ratio * num_prompt_tokens).astype(np.int64)
-        return np.maximum(kept, self.least_budget)
 
     @property
     def sink_blocks(self) -> int:

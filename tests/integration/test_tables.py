@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvpress.integration.tables import PhysicalTables
+from vllm_kvpress import plan_rows
+from vllm_kvpress.integration.tables import BatchLayout, PhysicalTables
 from vllm_kvpress.plan import RetentionPlan
 
 MAX_LEN = 96
@@ -92,7 +93,8 @@ class Batch:
 
     def replaced(self, tables):
         store = self.store if self.plan.store else None
-        return tables.replace(self.common, self.prompts, self.starts, store)
+        layout = BatchLayout.of(self.plan, self.prompts, self.starts, self.common.num_reqs)
+        return tables.replace(self.common, layout, store)
 
 
 def check(batch, physical):
@@ -131,6 +133,27 @@ def test_tables_are_those_of_lists(plan, rows, padding):
         assert physical.max_seq_len == max(length for _, length in batch.expected())
     assert torch.equal(batch.common.seq_lens, logical[0])
     assert torch.equal(batch.common.block_table_tensor, logical[1])
+
+
+@pytest.mark.parametrize("persistent", [False, True], ids=["cpu", "persistent"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.lists(st.tuples(st.integers(0, MAX_REQS), st.booleans()), min_size=1, max_size=9))
+def test_steps_that_share_a_layout_read_their_own_tables(plan, persistent, rows, changes):
+    """Requests decode on, as far as one layout serves; meanwhile others may take their places."""
+    rows = [(prompt, prompt + start % 20, 1) for prompt, start, _ in rows]
+    batch = Batch(plan, rows)
+    layout = BatchLayout.of(plan, batch.prompts, batch.starts, len(rows))
+    until = plan_rows.steady_until(plan, batch.prompts, batch.starts)
+    tables = tables_of(plan, persistent=persistent)
+    for step, (row, in_store) in enumerate(changes):
+        if (batch.ends + step >= until).any() or (batch.ends + step > MAX_LEN).any():
+            return
+        later = Batch(plan, [(prompt, start + step, 1) for prompt, start, _ in rows])
+        changed = later.store if in_store else later.staging
+        changed[row % len(rows)] += 20000 * (changed[row % len(rows)] != STALE)
+        store = later.store if plan.store else None
+        check(later, tables.replace(later.common, layout, store))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

@@ -16,6 +16,7 @@ from plan.simulation import (
     plans,
     schedule,
 )
+from vllm_kvpress import plan_rows
 from vllm_kvpress.errors import CapacityError
 from vllm_kvpress.plan import RetentionPlan
 
@@ -101,7 +102,7 @@ def test_vectorised_layouts_equal_the_scalar_ones(plan, rows):
     prompts = as_array(*(prompt for prompt, _ in rows))
     starts = as_array(*(start for _, start in rows))
 
-    heads, firsts = plan.layouts(prompts, starts)
+    heads, firsts = plan_rows.layouts(plan, prompts, starts)
 
     assert heads.dtype == firsts.dtype == np.int64
     expected = [tuple(plan.layout(prompt, start)) for prompt, start in rows]
@@ -116,7 +117,7 @@ def test_vectorised_layouts_equal_the_scalar_ones(plan, rows):
 def test_the_sieve_lets_every_due_event_through(plan, rows):
     prompts, starts, lengths = (as_array(*column) for column in zip(*rows, strict=True))
 
-    sieved = plan.may_be_due(prompts, starts, starts + lengths).tolist()
+    sieved = plan_rows.may_be_due(plan, prompts, starts, starts + lengths).tolist()
 
     for row, (prompt, start, length) in enumerate(rows):
         slow = SlowRequest(plan, prompt)
@@ -215,3 +216,25 @@ def test_the_least_budget_is_the_least(size, sinks, recent, off):
             plan.check()
     else:
         plan.check()
+
+
+@settings(max_examples=300, deadline=None)
+@given(plans(), st.integers(1, 200), st.integers(0, 300))
+def test_nothing_happens_while_a_row_is_steady(plan, prompt, start):
+    (until,) = plan_rows.steady_until(plan, as_array(prompt), as_array(start)).tolist()
+
+    for end in range(start + 1, min(until, start + 80)):
+        assert start >= prompt
+        for first in range(start, end):
+            assert plan.layout(prompt, first) == plan.layout(prompt, start)
+            assert plan.due_event(prompt, first, end) == 0
+    if start < prompt:
+        assert until == 0
+    elif until > start + 1000:
+        assert plan.store
+        assert not plan.every_decode_tokens
+    else:  # not much too early either
+        after = range(start + 1, until + 1)
+        changed = any(plan.layout(prompt, x) != plan.layout(prompt, start) for x in after)
+        longest = budget_of(plan, prompt) + 2 * plan.block_size
+        assert changed or until - start <= max(plan.every_decode_tokens, longest)

@@ -6,8 +6,8 @@ A shim is one idempotent function. Its docstring says the symptom, the cause, an
 import functools
 import os
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,10 @@ __all__ = [
     "check_version",
     "declare_policy_variable",
     "patched",
-    "prompt_lengths",
     "refuse_streaming_input",
+    "rows_of",
     "runner_classes",
+    "skip_slot_mappings",
     "wrap",
 ]
 
@@ -149,25 +150,64 @@ def runner_classes() -> list[type]:
     return [RunnerV1, RunnerV2]
 
 
-def prompt_lengths(runner: Any, common: Any) -> "np.ndarray[Any, np.dtype[np.int64]] | None":
-    """Returns the prompt lengths of the rows of a batch, int64 [num_real_reqs]; None for a dummy.
+class Rows(NamedTuple):
+    """The requests of a step, one array element each, padding left out.
 
-    vLLM does not pass them to metadata builders. `is_prefilling` will not do: V2 counts replayed
-    outputs as prefill.
+    Attributes:
+        prompts: Prompt lengths, int32 [num_real_reqs].
+        starts: Computed tokens at the start of the step, int32 [num_real_reqs].
+        ends: Computed tokens at its end, int32 [num_real_reqs].
+        query_starts: Rows of the query where each request begins, and their number,
+            int32 [num_real_reqs + 1].
     """
-    if runner is None:
+
+    prompts: "np.ndarray[Any, np.dtype[Any]]"
+    starts: "np.ndarray[Any, np.dtype[Any]]"
+    ends: "np.ndarray[Any, np.dtype[Any]]"
+    query_starts: "np.ndarray[Any, np.dtype[Any]]"
+
+
+def rows_of(runner: Any, common: Any) -> Rows | None:
+    """Returns the requests of a batch; None for a dummy batch.
+
+    vLLM does not pass prompt lengths to metadata builders. `is_prefilling` will not do: V2 counts
+    replayed outputs as prefill.
+    """
+    if runner is None or common.seq_lens_cpu_upper_bound is None:
         return None
-    if hasattr(runner, "req_states"):  # V2
+    is_v2 = hasattr(runner, "req_states")
+    if is_v2:
         if common.req_idx is None:
             return None
-        lengths = runner.req_states.prompt_len.np[common.req_idx]
-        return lengths.astype(np.int64)
-    num_reqs = min(runner.input_batch.num_reqs, common.num_reqs)
-    if not num_reqs or common.seq_lens_cpu_upper_bound is None:
+        num_reqs = len(common.req_idx)
+    else:
+        num_reqs = min(runner.input_batch.num_reqs, common.num_reqs)
+    if not num_reqs:
         return None
-    ends = common.seq_lens_cpu_upper_bound[:num_reqs].numpy()
-    starts = ends - np.diff(common.query_start_loc_cpu[: num_reqs + 1].numpy())
-    computed = runner.input_batch.num_computed_tokens_cpu_tensor[:num_reqs].numpy()
-    if not np.array_equal(starts, computed):
+    ends = common.seq_lens_cpu_upper_bound.numpy()[:num_reqs]
+    query_starts = common.query_start_loc_cpu.numpy()[: num_reqs + 1]
+    starts = ends - (query_starts[1:] - query_starts[:-1])
+    if is_v2:
+        prompts = runner.req_states.prompt_len.np[common.req_idx]
+        return Rows(prompts, starts, ends, query_starts)
+    computed = runner.input_batch.num_computed_tokens_cpu_tensor.numpy()[:num_reqs]
+    if not (starts == computed).all():
         return None  # a dummy run beside requests that are not scheduled
-    return runner.input_batch.num_prompt_tokens_cpu_tensor[:num_reqs].numpy().astype(np.int64)
+    prompts = runner.input_batch.num_prompt_tokens_cpu_tensor.numpy()[:num_reqs]
+    return Rows(prompts, starts, ends, query_starts)
+
+
+def skip_slot_mappings(runner: Any, groups: Sequence[int]) -> None:
+    """Spares cache groups the slot mappings that vLLM would compute for them in every step.
+
+    Symptom: each private lane costs a kernel launch (40 microseconds on a CPU) a step. Cause: model
+    runner V1 computes slot mappings for every attention-like group; V2 asks the spec's
+    `uses_slot_mapping`.
+    Remove with model runner V1.
+    """
+    from vllm.v1.worker.block_table import SlotMappingMode
+
+    if not hasattr(runner, "input_batch"):  # V2
+        return
+    for group in groups:
+        runner.input_batch.block_table[group].slot_mapping_mode = SlotMappingMode.NONE

@@ -11,7 +11,8 @@ returned one step later than the event, once it has run on the worker for certai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
@@ -23,7 +24,8 @@ from vllm_kvpress.integration.lanes import LaneSpec, PrivateSpec
 from vllm_kvpress.plan import RetentionPlan
 
 
-class Progress(NamedTuple):
+@dataclass(slots=True)
+class Progress:
     """How far a request has come, in tokens.
 
     Attributes:
@@ -57,10 +59,9 @@ class ProgressBook:
         entry = self._entries.get(request_id)
         if entry is None:
             assert num_prompt_tokens is not None, "vLLM passes the prompt length"
-            entry = Progress(num_prompt_tokens, 0, processed)
+            entry = self._entries[request_id] = Progress(num_prompt_tokens, 0, processed)
         elif processed > entry.processed:
-            entry = Progress(entry.num_prompt_tokens, entry.processed, processed)
-        self._entries[request_id] = entry
+            entry.settled, entry.processed = entry.processed, processed
         return entry
 
     def forget(self, request_id: str) -> None:
@@ -99,14 +100,17 @@ class StagingManager(_Progressing, FullAttentionManager):
 
 
 class PrivateManager(_Progressing):
-    """A private lane: nothing is shared, hashed or found by a prefix hit."""
+    """A private lane: nothing is shared, hashed or found by a prefix hit.
+
+    A request takes all its blocks of the lane at once, and takes no more later.
+    """
 
     def __init__(self, kv_cache_spec: PrivateSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.spec = kv_cache_spec
 
     def need(self, num_prompt_tokens: int, end: int) -> int:
-        """Returns the blocks that a step up to position `end` needs in all."""
+        """Returns the blocks that a step up to position `end` takes, if none were taken before."""
         raise NotImplementedError
 
     def get_num_blocks_to_allocate(
@@ -117,12 +121,13 @@ class PrivateManager(_Progressing):
         apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
+        held = self.req_to_blocks.get(request_id)
         if apply_admission_cap:
             # The gate asks before the prompt length is known: start-up sizing's bound.
-            required = self.spec.blocks_at(num_tokens)
-        else:
-            required = self.need(self.progress[request_id].num_prompt_tokens, num_tokens)
-        return max(0, required - len(self.req_to_blocks.get(request_id, ())))
+            return max(0, self.spec.blocks_at(num_tokens) - len(held or ()))
+        if held:
+            return 0
+        return self.need(self.progress[request_id].num_prompt_tokens, num_tokens)
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any
@@ -134,8 +139,10 @@ class PrivateManager(_Progressing):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         held = self.req_to_blocks[request_id]
-        missing = self.need(self.progress[request_id].num_prompt_tokens, num_tokens) - len(held)
-        if missing <= 0:
+        if held:
+            return []
+        missing = self.need(self.progress[request_id].num_prompt_tokens, num_tokens)
+        if not missing:
             return []
         new_blocks = self.block_pool.get_new_blocks(missing)
         held.extend(new_blocks)

@@ -11,6 +11,7 @@ first columns (the sinks).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvpress import plan_rows
 from vllm_kvpress.plan import RetentionPlan
 
 
@@ -57,6 +59,61 @@ class QueryWindow:
         places[self.blocks, self.offsets] = values
 
 
+@dataclass(frozen=True, eq=False)
+class BatchLayout:
+    """What attention reads of each request of a batch; rows of padding read nothing.
+
+    Attributes:
+        head_blocks: Whole blocks in front, int64 [num_reqs].
+        gaps: Logical blocks that are left out, int64 [num_reqs].
+        gap_tokens: The same in tokens, int32 [num_reqs].
+    """
+
+    head_blocks: np.ndarray
+    gaps: np.ndarray
+    gap_tokens: np.ndarray
+
+    @classmethod
+    def of(
+        cls, plan: RetentionPlan, prompts: np.ndarray, starts: np.ndarray, num_reqs: int
+    ) -> BatchLayout | None:
+        """Returns the layout of a step, or None if nothing has been evicted.
+
+        Args:
+            plan: The retention plan.
+            prompts: Prompt lengths, int64 [num_real_reqs].
+            starts: Computed tokens at the start of the step, int64 [num_real_reqs].
+            num_reqs: Rows of the step, padding included.
+        """
+        heads, firsts = plan_rows.layouts(plan, prompts, starts)
+        if not firsts.any():
+            return None
+        head_blocks, gaps = np.zeros((2, num_reqs), np.int64)
+        head_blocks[: len(heads)] = heads
+        gaps[: len(heads)] = firsts - heads
+        return cls(head_blocks, gaps, (gaps * plan.block_size).astype(np.int32))
+
+
+@dataclass(frozen=True, eq=False)
+class _HostTable:
+    """A physical table and what it was made from: steps in a row mostly need the same one."""
+
+    layout: BatchLayout
+    logical: np.ndarray
+    head: np.ndarray
+    table: torch.Tensor
+
+    def serves(
+        self, layout: BatchLayout, logical: np.ndarray, head: np.ndarray, columns: int
+    ) -> bool:
+        return (
+            layout is self.layout
+            and columns == self.table.shape[1]
+            and np.array_equal(logical, self.logical)
+            and np.array_equal(head, self.head)
+        )
+
+
 class PhysicalTables:
     """Builds physical tables and lengths; on CUDA always in the same buffers, as graphs require.
 
@@ -75,79 +132,74 @@ class PhysicalTables:
         self._table: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
         self._window: tuple[torch.Tensor, ...] | None = None
+        self._host_table: _HostTable | None = None
 
     def replace(
         self,
         common: CommonAttentionMetadata,
-        prompts: np.ndarray,
-        starts: np.ndarray,
+        layout: BatchLayout | None,
         store_table: torch.Tensor | None,
     ) -> CommonAttentionMetadata:
         """Returns `common` with physical block table and lengths.
 
         Args:
             common: The staging lane's logical metadata.
-            prompts: Prompt lengths, int64 [num_real_reqs].
-            starts: Computed tokens at the start of the step, int64 [num_real_reqs].
+            layout: What attention reads; None if nothing has been evicted. Steps that share
+                one may share a table.
             store_table: The store lane's block table, or None if the plan has no store.
         """
-        heads, firsts = self.plan.layouts(prompts, starts)
-        if not firsts.any():
+        if layout is None:
             return self.untouched(common)
-        # Padded rows read nothing: their gap is 0.
-        head_blocks = np.zeros(common.num_reqs, np.int64)
-        head_blocks[: len(heads)] = heads
-        gaps = np.zeros(common.num_reqs, np.int64)
-        gaps[: len(heads)] = firsts - heads
         upper_bound = common.seq_lens_cpu_upper_bound
         assert upper_bound is not None
-        bounds = upper_bound.numpy()
-        ends = bounds - (gaps * self.plan.block_size).astype(bounds.dtype)
+        ends = upper_bound.numpy() - layout.gap_tokens
         longest = int(ends.max())
         num_columns = -(-longest // self.plan.block_size)
         head = common.block_table_tensor if store_table is None else store_table
         build = self._on_device if self.persistent else self._on_host
-        table, lengths = build(common, head[: common.num_reqs], head_blocks, gaps, num_columns)
-        return common.replace(
-            block_table_tensor=table,
-            seq_lens=lengths,
-            max_seq_len=longest,
-            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
-            _num_computed_tokens_cache=None,
-        )
+        table, lengths = build(common, head[: common.num_reqs], layout, num_columns)
+        physical = copy.copy(common)
+        physical.block_table_tensor = table
+        physical.seq_lens = lengths
+        physical.max_seq_len = longest
+        physical.seq_lens_cpu_upper_bound = torch.from_numpy(ends)
+        physical._num_computed_tokens_cache = None
+        return physical
 
     def _on_host(
         self,
         common: CommonAttentionMetadata,
         head: torch.Tensor,
-        head_blocks: np.ndarray,
-        gaps: np.ndarray,
+        layout: BatchLayout,
         num_columns: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns table and lengths; NumPy costs a fifth of torch's dispatch on small arrays."""
-        logical = common.block_table_tensor.numpy()
+        lengths = torch.from_numpy(common.seq_lens.numpy() - layout.gap_tokens)
+        logical, heads = common.block_table_tensor.numpy(), head.numpy()
+        made = self._host_table
+        if made is not None and made.serves(layout, logical, heads, num_columns):
+            return made.table, lengths
         columns = np.arange(num_columns)
-        source = np.minimum(columns + gaps[:, None], logical.shape[1] - 1)
+        source = np.minimum(columns + layout.gaps[:, None], logical.shape[1] - 1)
         table = np.take_along_axis(logical, source, axis=1)  # [num_reqs, num_columns]
-        width = min(num_columns, head.shape[1])
-        in_head = columns[:width] < head_blocks[:, None]
-        np.copyto(table[:, :width], head.numpy()[:, :width], where=in_head)
-        lengths = common.seq_lens.numpy()
-        lengths = lengths - (gaps * self.plan.block_size).astype(lengths.dtype)
-        return torch.from_numpy(table), torch.from_numpy(lengths)
+        width = min(num_columns, heads.shape[1])
+        in_head = columns[:width] < layout.head_blocks[:, None]
+        np.copyto(table[:, :width], heads[:, :width], where=in_head)
+        made = _HostTable(layout, logical.copy(), heads.copy(), torch.from_numpy(table))
+        self._host_table = made
+        return made.table, lengths
 
     def _on_device(
         self,
         common: CommonAttentionMetadata,
         head: torch.Tensor,
-        head_blocks: np.ndarray,
-        gaps: np.ndarray,
+        layout: BatchLayout,
         num_columns: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the same, computed on the device into the buffers that graphs read."""
         logical = common.block_table_tensor
-        layout = torch.from_numpy(np.stack([gaps, head_blocks]))
-        gap, heads = layout.to(self.device, non_blocking=True)[:, :, None]
+        counts = torch.from_numpy(np.stack([layout.gaps, layout.head_blocks]))
+        gap, heads = counts.to(self.device, non_blocking=True)[:, :, None]
         columns = torch.arange(num_columns, device=self.device)
         table = logical.gather(1, (columns + gap).clamp_(max=logical.shape[1] - 1))
         width = min(num_columns, head.shape[1])

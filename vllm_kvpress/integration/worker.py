@@ -22,12 +22,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvpress import plan_rows
 from vllm_kvpress.errors import UnsupportedVLLMError
-from vllm_kvpress.integration.compat import prompt_lengths
+from vllm_kvpress.integration.compat import Rows, rows_of, skip_slot_mappings
 from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
-from vllm_kvpress.integration.lanes import plan_in
+from vllm_kvpress.integration.lanes import PrivateSpec, plan_in
 from vllm_kvpress.integration.pages import PageMap, flat_pages
-from vllm_kvpress.integration.tables import PhysicalTables, QueryWindow
+from vllm_kvpress.integration.tables import BatchLayout, PhysicalTables, QueryWindow
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.policies import Scorer
 
@@ -38,6 +39,32 @@ class Step:
 
     common: CommonAttentionMetadata
     query_window: QueryWindow | None
+
+
+@dataclass(frozen=True, eq=False)
+class SteadyBatch:
+    """A batch of decoding requests and how far its layout serves: nothing is due until then.
+
+    Attributes:
+        num_reqs: Rows of the step, padding included.
+        prompts: Prompt lengths, as bytes.
+        since: Computed tokens from which on the layout serves, [num_real_reqs].
+        until: Computed tokens below which it serves, [num_real_reqs].
+        layout: What attention reads.
+    """
+
+    num_reqs: int
+    prompts: bytes
+    since: np.ndarray
+    until: np.ndarray
+    layout: BatchLayout | None
+
+    def covers(self, rows: Rows, num_reqs: int) -> bool:
+        return (
+            num_reqs == self.num_reqs
+            and rows.prompts.tobytes() == self.prompts
+            and bool(((rows.starts >= self.since) & (rows.ends < self.until)).all())
+        )
 
 
 class LaneRuntime:
@@ -66,6 +93,7 @@ class LaneRuntime:
         self._runner: weakref.ref[Any] | None = None
         self.events: EventRunner | None = None
         self._physical: PhysicalTables | None = None
+        self._steady: SteadyBatch | None = None
 
     def attach(self, runner: Any) -> None:
         """Binds the runner and its allocated caches; runs once the engine has made them.
@@ -76,11 +104,17 @@ class LaneRuntime:
             CapacityError: if the budget cannot hold sinks and recent tokens at this block size.
         """
         self._runner = weakref.ref(runner)
-        plan = plan_in(runner.kv_cache_config.kv_cache_groups)
+        groups = runner.kv_cache_config.kv_cache_groups
+        plan = plan_in(groups)
         assert plan is not None
         plan.check()
         self.plan = plan
         self.pending.clear()
+        self._steady = None
+        private = [
+            i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, PrivateSpec)
+        ]
+        skip_slot_mappings(runner, private)
         context = self.vllm_config.compilation_config.static_forward_context
         layers = [context[name] for name in self.layer_names]
         for name, layer in zip(self.layer_names, layers, strict=True):
@@ -128,21 +162,27 @@ class LaneRuntime:
             assert self.events is not None
             pending, self.pending = self.pending, []
             self.events.run(pending)
-        prompts = prompt_lengths(self._runner() if self._runner else None, common)
-        if prompts is None:
+        rows = rows_of(self._runner() if self._runner else None, common)
+        if rows is None:
             return self.capture_step(common)
-        num_reqs = len(prompts)
-        ends = _upper_bound(common)[:num_reqs]
-        query_starts = common.query_start_loc_cpu[: num_reqs + 1].numpy()
-        starts = ends - np.diff(query_starts)
+        store = self.tables.get("kv_store")
+        steady = self._steady
+        if steady is not None and steady.covers(rows, common.num_reqs):
+            physical = self._physical.replace(common, steady.layout, store)
+            return Step(physical, self._physical.no_window(common))
+        prompts, starts, ends = (
+            column.astype(np.int64) for column in (rows.prompts, rows.starts, rows.ends)
+        )
+        layout = BatchLayout.of(self.plan, prompts, starts, common.num_reqs)
+        until = plan_rows.steady_until(self.plan, prompts, starts)
+        self._steady = SteadyBatch(common.num_reqs, rows.prompts.tobytes(), starts, until, layout)
         self._note_due_events(prompts, starts, ends, common)
         window = None
         if self.plan.query_window:
             window = self._physical.query_window(
-                prompts, starts, ends, query_starts, self.tables["kv_queries"]
+                prompts, starts, ends, rows.query_starts, self.tables["kv_queries"]
             )
-        physical = self._physical.replace(common, prompts, starts, self.tables.get("kv_store"))
-        return Step(physical, window)
+        return Step(self._physical.replace(common, layout, store), window)
 
     def capture_step(self, common: CommonAttentionMetadata) -> Step:
         """Returns the metadata of a dummy step, in the buffers that real steps use."""
@@ -159,7 +199,7 @@ class LaneRuntime:
     ) -> None:
         plan = self.plan
         assert plan is not None
-        for row in plan.may_be_due(prompts, starts, ends):
+        for row in plan_rows.may_be_due(plan, prompts, starts, ends):
             prompt, start, end = int(prompts[row]), int(starts[row]), int(ends[row])
             event = plan.due_event(prompt, start, end)
             if event:
@@ -181,9 +221,3 @@ def find_runtime(vllm_config: VllmConfig) -> LaneRuntime | None:
         if runtime is not None:
             return runtime  # type: ignore[no-any-return]
     return None
-
-
-def _upper_bound(common: CommonAttentionMetadata) -> np.ndarray:
-    bound = common.seq_lens_cpu_upper_bound
-    assert bound is not None, "vLLM 0.32 passes CPU lengths in both runners"
-    return bound.numpy().astype(np.int64)

@@ -1,0 +1,91 @@
+"""The retention plan for the rows of a batch at once, in a few array operations.
+
+The worker asks once a step. `RetentionPlan` says the same of one request, and in words.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_kvpress.plan import RetentionPlan
+
+IntArray = npt.NDArray[np.int64]
+
+_NEVER = np.iinfo(np.int64).max
+
+
+def layouts(
+    plan: RetentionPlan, num_prompt_tokens: IntArray, num_computed_tokens: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Returns `RetentionPlan.layout` of each row.
+
+    Args:
+        plan: The retention plan.
+        num_prompt_tokens: int64 [num_reqs].
+        num_computed_tokens: int64 [num_reqs], at the start of the step.
+
+    Returns:
+        (head_blocks, first_block), both int64 [num_reqs].
+    """
+    budgets = _budgets(plan, num_prompt_tokens)
+    over = num_computed_tokens - num_prompt_tokens
+    if plan.store:
+        if plan.every_decode_tokens:
+            events = num_computed_tokens - over % plan.every_decode_tokens
+            happened = (over >= 0) & (plan.prompt_end | (events > num_prompt_tokens))
+        else:
+            events = num_prompt_tokens
+            happened = over >= 0
+        events = np.where(happened & (events > budgets), events, 0)
+        heads = np.maximum(0, budgets - events % plan.block_size) // plan.block_size
+        return np.where(events > 0, heads, 0), events // plan.block_size
+    window = budgets - plan.sink_tokens
+    first = np.maximum(0, num_computed_tokens - window) // plan.block_size
+    sinks = plan.sink_blocks
+    dropped = (over >= 0) & (first > sinks)
+    return np.where(dropped, sinks, 0), np.where(dropped, first, 0)
+
+
+def may_be_due(
+    plan: RetentionPlan, num_prompt_tokens: IntArray, starts: IntArray, ends: IntArray
+) -> IntArray:
+    """Returns the rows whose chunk [start, end) holds a position of an event.
+
+    A cheap sieve: `RetentionPlan.due_event` says whether the event of such a row is effective.
+    """
+    if not plan.store:
+        return np.empty(0, np.int64)
+    crossing = (starts < num_prompt_tokens) & (ends >= num_prompt_tokens)
+    if plan.every_decode_tokens:
+        every = plan.every_decode_tokens
+        past = (ends - num_prompt_tokens) // every > (starts - num_prompt_tokens) // every
+        crossing |= past & (starts >= num_prompt_tokens)
+    return np.flatnonzero(crossing)
+
+
+def steady_until(plan: RetentionPlan, num_prompt_tokens: IntArray, starts: IntArray) -> IntArray:
+    """Returns how far each row may go before anything about it changes, int64 [num_reqs].
+
+    A chunk [x, y) of the same prompt with start <= x and y < the returned position has the layout
+    of `start`, holds no event and no query of an observation window. 0 for a row that is still in
+    its prompt: there every chunk is looked at.
+    """
+    over = starts - num_prompt_tokens
+    if not plan.store:
+        window = _budgets(plan, num_prompt_tokens) - plan.sink_tokens
+        dropped = np.maximum(0, starts - window) // plan.block_size
+        until = (dropped + 1) * plan.block_size + window
+    elif plan.every_decode_tokens:
+        until = starts + plan.every_decode_tokens - over % plan.every_decode_tokens
+    else:
+        until = np.full_like(starts, _NEVER)
+    return np.where(over < 0, 0, until)
+
+
+def _budgets(plan: RetentionPlan, num_prompt_tokens: IntArray) -> IntArray:
+    if plan.budget_tokens is not None:
+        return np.full_like(num_prompt_tokens, plan.budget_tokens)
+    assert plan.keep_ratio is not None
+    kept = (plan.keep_ratio * num_prompt_tokens).astype(np.int64)
+    return np.maximum(kept, plan.least_budget)
