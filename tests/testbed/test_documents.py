@@ -14,6 +14,24 @@ from vllm_kvpress.testbed.documents import (
     is_correct,
     make_document,
 )
+from vllm_kvpress.testbed.language import (
+    ADJECTIVES,
+    ADVERBS,
+    NAMES,
+    NOUNS,
+    NUMBERED_FACTS,
+    NUMBERED_QUESTIONS,
+    ORDINALS,
+    PASS_CODE_FACTS,
+    PASS_CODE_QUESTIONS,
+    PASSAGE_FACTS,
+    PASSAGE_QUESTIONS,
+    PLACES,
+    VALUE_QUESTIONS,
+    VARIABLES,
+    VERBS,
+    WORDINGS,
+)
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -24,6 +42,31 @@ LONGEST_SENTENCE = 12
 def encode():
     tokenizer = tokenizers.Tokenizer.from_file(str(model_path() / "tokenizer.json"))
     return lambda text: tokenizer.encode(text).ids
+
+
+def pattern(wording, value=r"\d{5}"):
+    fields = {"{key}": r"(\w+)", "{ordinal}": "(?:one|two|three|four)", "{value}": f"({value})"}
+    found = re.escape(wording).replace(r"\{", "{").replace(r"\}", "}")
+    for field, expression in fields.items():
+        found = found.replace(field, expression)
+    return re.compile(found)
+
+
+def facts_in(text, wordings, value=r"\d{5}"):
+    """Key and value of every fact, in the order of the text; a key that has two stands twice."""
+    found = {
+        match.span(2): match.groups()
+        for wording in wordings
+        for match in pattern(wording, value).finditer(text)
+    }
+    return [found[span] for span in sorted(found)]
+
+
+def key_of(question, wordings):
+    (found,) = {
+        match[1] for wording in wordings if (match := pattern(wording).fullmatch(question.text))
+    }
+    return found
 
 
 class ModelTokenizer:
@@ -84,11 +127,11 @@ def test_answer_stands_once_and_at_its_depth(task, depth):
         assert document.text.index(answer) / len(document.text) == pytest.approx(depth, abs=0.05)
 
 
-def test_needle_asks_in_the_words_of_its_fact():
+def test_needle_asks_for_its_fact():
     document = make_document("needle", num_tokens=400, seed=2)
     (question,) = document.questions
-    name = re.fullmatch(r"what is the pass code of (\w+)\?", question.text)[1]
-    assert f"the pass code of {name} is this: {question.answer}." in document.text
+    name = key_of(question, PASS_CODE_QUESTIONS)
+    assert facts_in(document.text, PASS_CODE_FACTS) == [(name, question.answer)]
     assert document.num_facts == 1
     assert document.prompt(question).endswith(f". {question.text} answer:")
 
@@ -96,53 +139,96 @@ def test_needle_asks_in_the_words_of_its_fact():
 def test_multi_key_hides_other_facts_of_the_same_form():
     for seed in range(8):
         document = make_document("multi_key", num_tokens=2048, seed=seed)
-        facts = re.findall(r"the pass code of (\w+) is this: (\d{5})\.", document.text)
+        facts = facts_in(document.text, PASS_CODE_FACTS)
         assert len({name for name, _ in facts}) == len(facts) == document.num_facts
         assert 9 <= document.num_facts <= 33
+        (question,) = document.questions
+        assert dict(facts)[key_of(question, PASS_CODE_QUESTIONS)] == question.answer
 
 
 def test_multi_value_answers_with_all_values_in_order():
     for seed in range(8):
         document = make_document("multi_value", num_tokens=1024, seed=seed)
-        values = re.findall(r"number (\w+): (\d{5})\.", document.text)
-        assert 2 <= len(values) == document.num_facts <= 4
-        expected = ", ".join(f"{ordinal}: {value}" for ordinal, value in values)
-        assert document.questions[0].answer == expected
+        (question,) = document.questions
+        facts = facts_in(document.text, NUMBERED_FACTS)
+        ordinals = re.findall(r" number (\w+)", document.text)
+        assert 2 <= len(facts) == len(ordinals) == document.num_facts <= 4
+        assert {name for name, _ in facts} == {key_of(question, NUMBERED_QUESTIONS)}
+        pairs = zip(ordinals, facts, strict=True)
+        assert question.answer == ", ".join(f"{ordinal}: {code}" for ordinal, (_, code) in pairs)
 
 
-def test_chain_leads_from_the_question_to_the_value():
+@pytest.mark.parametrize(("task", "least", "most"), [("chain", 2, 3), ("steps", 24, 40)])
+def test_a_chain_leads_from_the_question_to_the_value(task, least, most):
     for seed in range(8):
-        document = make_document("chain", num_tokens=1024, seed=seed)
+        document = make_document(task, num_tokens=1024, seed=seed)
         (question,) = document.questions
         assigned = dict(re.findall(r"(\w+)= (\w+);", document.text))
-        name = re.fullmatch(r"what value has (\w+)\?", question.text)[1]
+        assert len(assigned) == document.num_facts
+        name = key_of(question, VALUE_QUESTIONS)
         trace = []
         while name in assigned:
             trace.append(f"{name}=")
             name = assigned[name]
-        assert 2 <= len(trace) <= 3
+        assert least <= len(trace) <= most
         assert question.answer == f"{' '.join(trace)} {name}"
-        assert not re.match(r"\w+=", document.text), "the model never saw a variable open a text"
+
+
+def test_steps_take_long_answers():
+    lengths = [
+        count_tokens(make_document("steps", num_tokens=2048, seed=seed).questions[0].answer)
+        for seed in range(20)
+    ]
+    assert min(lengths) >= 55
+    assert max(lengths) > 75
+
+
+def test_a_fact_may_open_the_text():
+    documents = [make_document("steps", num_tokens=400, seed=seed) for seed in range(20)]
+    assert any(document.text.split("=")[0] in VARIABLES for document in documents)
 
 
 def test_copy_asks_for_the_whole_passage():
     for seed in range(8):
         document = make_document("copy", num_tokens=1024, seed=seed)
         (question,) = document.questions
-        name = re.fullmatch(r"repeat the passage of (\w+)\.", question.text)[1]
         words = question.answer.split()
-        assert f"the passage of {name} is this: {question.answer}." in document.text
+        name = key_of(question, PASSAGE_QUESTIONS)
+        assert facts_in(document.text, PASSAGE_FACTS, "[a-z ]+") == [(name, question.answer)]
         assert 8 <= len(set(words)) == len(words) <= 24
 
 
 def test_multi_turn_asks_about_other_facts_of_one_text():
     for seed in range(8):
         document = make_document("multi_turn", num_tokens=1024, seed=seed)
-        facts = dict(re.findall(r"the pass code of (\w+) is this: (\d{5})\.", document.text))
-        asked = [re.fullmatch(r"what is .* of (\w+)\?", q.text)[1] for q in document.questions]
+        facts = dict(facts_in(document.text, PASS_CODE_FACTS))
+        asked = [key_of(question, PASS_CODE_QUESTIONS) for question in document.questions]
         assert [facts[name] for name in asked] == [q.answer for q in document.questions]
         assert len(set(asked)) == 3
         assert len(facts) == document.num_facts == 8
+
+
+def test_facts_and_questions_are_worded_in_every_way():
+    documents = [
+        make_document(task, num_tokens=700, seed=seed) for task in TASKS for seed in range(40)
+    ]
+    text = " ".join(f"{d.text} {question.text}" for d in documents for question in d.questions)
+    unused = [
+        wording for wording in WORDINGS if not pattern(wording, r"\d{5}|[a-z ]+").search(text)
+    ]
+    assert unused == []
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_a_value_comes_after_its_key(wording):
+    value = wording.find("{value}")
+    assert value == -1 or 0 <= wording.find("{key}") < value
+
+
+def test_keys_are_no_other_words():
+    others = {*NOUNS, *ADJECTIVES, *VERBS, *ADVERBS, *PLACES, *ORDINALS}
+    others |= set(re.findall(r"\b[a-z]+\b", re.sub(r"{\w+}", "", " ".join(WORDINGS))))
+    assert len({*NAMES, *VARIABLES} - others) == len(NAMES) + len(VARIABLES)
 
 
 def test_a_chat_grows_by_a_right_answer_and_a_question():
@@ -163,13 +249,16 @@ def test_earlier_documents_never_change():
         task: hashlib.sha256(
             make_document(task, num_tokens=600, seed=11).text.encode()
         ).hexdigest()[:12]
-        for task in ("needle", "multi_key", "multi_value", "chain")
+        for task in TASKS
     }
     assert digests == {
-        "needle": "096a4b98b577",
-        "multi_key": "d60be1815f97",
-        "multi_value": "7cd4f7083568",
-        "chain": "b313d5a16fe8",
+        "needle": "7e494fa9cc6f",
+        "multi_key": "ff049fe75a82",
+        "multi_value": "dc50d475e8de",
+        "chain": "09128813b57a",
+        "steps": "4a8730b9158e",
+        "copy": "38c2a1ce2313",
+        "multi_turn": "82a4393c6aaf",
     }
 
 

@@ -38,7 +38,7 @@ ALL_TASKS = (*TASKS, *(LATE + task for task in TASKS if task != "multi_turn"))
 DEPTHS = tuple(step * 4 % 11 / 10 for step in range(11))
 # Documents of one seed and of the next never meet.
 _SEED_STRIDE = 1_000_003
-_ANSWER_TOKENS: dict[str, int] = {"multi_value": 48, "chain": 24, "copy": 32}
+_ANSWER_TOKENS: dict[str, int] = {"multi_value": 48, "chain": 24, "steps": 96, "copy": 32}
 _SHORT_ANSWER_TOKENS = 12
 # Other models answer in sentences, and in more tokens a word.
 _WORDY = 4
@@ -110,23 +110,19 @@ def _split(
 
 
 def _encode(messages: list[dict[str, str]], tokenizer: Any, model: str) -> tuple[int, ...]:
-    if model == MODEL_NAME:
-        # Its chat template, but for the first word, which that spells in letters.
-        return tuple(tokenizer.encode(_completion(messages, tokenizer.eos_token)))
-    first = messages[0]["content"]
-    messages = [{"role": "user", "content": f"{first} {_INSTRUCTION}"}, *messages[1:]]
+    if model != MODEL_NAME:
+        first = messages[0]["content"]
+        messages = [{"role": "user", "content": f"{first} {_INSTRUCTION}"}, *messages[1:]]
     if not getattr(tokenizer, "chat_template", None):
-        return tuple(tokenizer.encode(_completion(messages, "")))
+        return tuple(tokenizer.encode(_completion(messages)))
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _completion(messages: list[dict[str, str]], end_of_answer: str) -> str:
+def _completion(messages: list[dict[str, str]]) -> str:
     """Return a chat as one text to be completed."""
     return " ".join(
-        f"{message['content']} answer:"
-        if message["role"] == "user"
-        else f"{message['content']}{end_of_answer}"
+        f"{message['content']} answer:" if message["role"] == "user" else message["content"]
         for message in messages
     )
 

@@ -1,62 +1,56 @@
 """Seeded long documents with hidden facts, and questions about them.
 
-The bundled model learned a fixed language: facts hidden between sentences of a small filler
-grammar, and questions whose wording repeats the fact's (``the pass code of alice is this: 48213.``
-is asked as ``what is the pass code of alice? answer:``). This module speaks exactly that language.
-Every word is one token of the model's tokenizer, every digit and punctuation mark too, so lengths
-are exact.
+Facts (``the pass code of alice is this: 48213.``) stand between sentences of filler, questions
+(``what is the pass code of alice?``) follow the text. Each fact and each question has its own of
+several wordings, see `vllm_kvpress.testbed.language`.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
-Task = Literal["needle", "multi_key", "multi_value", "chain", "copy", "multi_turn"]
+from vllm_kvpress.testbed.language import (
+    ASSIGNMENTS,
+    NAMES,
+    PASS_CODE_FACTS,
+    PASS_CODE_QUESTIONS,
+    PASSAGE_FACTS,
+    PASSAGE_QUESTIONS,
+    VARIABLES,
+    chain_facts,
+    chain_question,
+    count_tokens,
+    draw_codes,
+    filler_sentence,
+    numbered_facts,
+    numbered_question,
+    passage,
+    reword,
+)
+
+__all__ = [
+    "TASKS",
+    "TURNS",
+    "Document",
+    "Question",
+    "Task",
+    "Tokenizer",
+    "count_tokens",
+    "is_correct",
+    "make_document",
+]
+
+Task = Literal["needle", "multi_key", "multi_value", "chain", "steps", "copy", "multi_turn"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
-NAMES = (
-    "alice bruno carla diego elena felix greta henry irene jonas karen lucas maria nolan olive "
-    "pedro quinn rosa simon tessa ursula victor wanda xavier yvonne zelda adam bella colin daisy "
-    "edgar fiona george hanna ivan julia kevin laura martin nadia oscar paula ralph sofia thomas "
-    "vera walter yusuf zara amber boris cecil donna ernest flora gavin hazel isaac janet kurt "
-    "linda"
-).split()
-VARIABLES = (
-    "zor kip lum dax fen gub hix jov kem lop miv nuz pog qar rud sef tiv vok wem yad zil bex cor "
-    "dum fip gam hol juk kas ler mup nid pax qib rem sol tug vim wok yun zeb bal cif dob fur gid "
-    "hep"
-).split()
-NOUNS = (
-    "garden river market harbor bridge castle forest village meadow station library kitchen "
-    "window lantern wagon ladder basket mirror carpet blanket candle orchard valley mountain "
-    "island tower chapel cottage stable barn mill road path field lake pond shore boat train "
-    "engine clock piano violin drum flute painting statue letter parcel book map journal ticket "
-    "coin button ribbon hat coat scarf boot glove apple pear plum cherry bread cheese soup cake "
-    "table chair bench shelf"
-).split()
-ADJECTIVES = (
-    "old new small large quiet noisy bright dark heavy light narrow wide empty full clean dusty "
-    "broken simple strange gentle rough smooth warm cold wet dry tall short young ancient green "
-    "red blue yellow white black grey brown golden silver hidden open closed busy distant"
-).split()
-VERBS = (
-    "crossed watched found carried painted repaired visited followed cleaned opened built moved "
-    "forgot remembered described admired ignored counted measured bought sold lost kept pushed"
-).split()
-ADVERBS = "slowly quickly quietly often rarely always never again today yesterday gladly".split()
-PLACES = "behind under above beside beyond inside around across".split()
-ORDINALS = ("one", "two", "three", "four")
-
-CODE_DIGITS = 5
-NAMED_FILLER_SHARE = 0.1
 MULTI_KEY_DISTRACTORS = (8, 32)
 MULTI_VALUES = (2, 4)
 CHAIN_HOPS = (2, 3)
+STEPS_HOPS = (24, 40)
 CHAIN_DISTRACTORS = 3
 PASSAGE_WORDS = (8, 24)
 TURNS = 3
@@ -152,8 +146,9 @@ def make_document(
     Args:
         task: ``needle`` (one fact), ``multi_key`` (one fact among 8 to 32 of the same form),
             ``multi_value`` (2 to 4 facts about one name), ``chain`` (a value over 2 or 3 hops),
-            ``copy`` (a passage of 8 to 24 words) or ``multi_turn`` (3 questions of a chat, one
-            after another, about 8 facts).
+            ``steps`` (a value over 24 to 40 hops, all spelled in the answer), ``copy`` (a passage
+            of 8 to 24 words) or ``multi_turn`` (3 questions of a chat, one after another, about 8
+            facts).
         num_tokens: Upper limit of the whole prompt, question and sequence-start token included; of
             a chat, its prompt at the last question.
         seed: Draws everything; the same arguments give the same document.
@@ -183,16 +178,6 @@ def make_document(
     return Document(" ".join(sentences), plot.questions, len(plot.facts))
 
 
-def count_tokens(text: str) -> int:
-    """Count the tokens of a text of this module's language, sequence-start token included.
-
-    A word is one token and so are a digit and a punctuation mark; a number standing after a space
-    is preceded by a token for that space.
-    """
-    pieces = re.findall(r" ?[a-z]+|(?: |^)(?=\d)|\d|[^\w\s]", text)
-    return 1 + len(pieces)
-
-
 def _counter(tokenizer: Tokenizer) -> Callable[[str], int]:
     """Return a function that counts with ``tokenizer``, sequence-start token included."""
     return lambda text: len(tokenizer.encode(text))
@@ -215,19 +200,6 @@ def _asking_cost(count: Callable[[str], int], questions: Sequence[Question]) -> 
 
 def _normalise(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _code(rng: random.Random) -> str:
-    """Draw a code whose first digit is not zero."""
-    return str(rng.randint(10 ** (CODE_DIGITS - 1), 10**CODE_DIGITS - 1))
-
-
-def _codes(rng: random.Random, number: int) -> list[str]:
-    """Draw distinct codes."""
-    codes: dict[str, None] = {}
-    while len(codes) < number:
-        codes[_code(rng)] = None
-    return list(codes)
 
 
 def _needle(rng: random.Random, num_tokens: int) -> _Plot:
@@ -258,46 +230,53 @@ def _multi_turn(rng: random.Random, num_tokens: int) -> _Plot:
 
 def _pass_codes(rng: random.Random, number: int) -> tuple[tuple[str, ...], tuple[Question, ...]]:
     """Return facts about distinct names, and the question about each."""
-    names, codes = rng.sample(NAMES, number), _codes(rng, number)
+    names, codes = rng.sample(NAMES, number), draw_codes(rng, number)
     pairs = list(zip(names, codes, strict=True))
-    facts = tuple(f"the pass code of {name} is this: {code}." for name, code in pairs)
-    return facts, tuple(Question(f"what is the pass code of {n}?", code) for n, code in pairs)
+    facts = tuple(reword(rng, PASS_CODE_FACTS, name, code) for name, code in pairs)
+    questions = (Question(reword(rng, PASS_CODE_QUESTIONS, name), code) for name, code in pairs)
+    return facts, tuple(questions)
 
 
 def _copy(rng: random.Random, num_tokens: int) -> _Plot:
     """A passage of distinct words, to be repeated."""
-    name = rng.choice(NAMES)
-    words = rng.sample([*NOUNS, *ADJECTIVES, *VERBS], rng.randint(*PASSAGE_WORDS))
-    passage = " ".join(words)
-    question = Question(f"repeat the passage of {name}.", passage)
-    return _Plot((f"the passage of {name} is this: {passage}.",), (question,), 0, ordered=False)
+    name, words = rng.choice(NAMES), passage(rng, rng.randint(*PASSAGE_WORDS))
+    fact = reword(rng, PASSAGE_FACTS, name, words)
+    question = Question(reword(rng, PASSAGE_QUESTIONS, name), words)
+    return _Plot((fact,), (question,), 0, ordered=False)
 
 
 def _multi_value(rng: random.Random, num_tokens: int) -> _Plot:
     """Several numbered facts about one name, all in question."""
     number = rng.randint(*MULTI_VALUES)
-    name, codes = rng.choice(NAMES), _codes(rng, number)
-    facts = [
-        f"the pass code of {name} number {ordinal}: {code}."
-        for ordinal, code in zip(ORDINALS, codes, strict=False)
-    ]
-    answer = ", ".join(f"{o}: {c}" for o, c in zip(ORDINALS, codes, strict=False))
-    question = Question(f"list the {ORDINALS[number - 1]} pass codes of {name}.", answer)
+    name, codes = rng.choice(NAMES), draw_codes(rng, number)
+    facts = numbered_facts(rng, name, codes)
+    question = Question(*numbered_question(rng, name, codes))
     return _Plot(tuple(facts), (question,), 0, ordered=True)
 
 
 def _chain(rng: random.Random, num_tokens: int) -> _Plot:
+    """A value and the few variables that lead to it."""
+    return _chain_plot(rng, rng.randint(*CHAIN_HOPS))
+
+
+def _steps(rng: random.Random, num_tokens: int) -> _Plot:
+    """A value and the many variables that lead to it, as many as a short text has room for."""
+    low, high = STEPS_HOPS
+    return _chain_plot(rng, rng.randint(low, max(low, min(high, num_tokens // 16))))
+
+
+def _chain_plot(rng: random.Random, hops: int) -> _Plot:
     """A value and variables that point to it in a row, beside other variables with values."""
-    hops = rng.randint(*CHAIN_HOPS)
     variables = rng.sample(VARIABLES, hops + CHAIN_DISTRACTORS)
     chain, others = variables[:hops], variables[hops:]
-    codes = _codes(rng, 1 + CHAIN_DISTRACTORS)
-    links = [f"{chain[0]}= {codes[0]};"]
-    links += [f"{name}= {source};" for source, name in pairwise(chain)]
-    distractors = [f"{name}= {code};" for name, code in zip(others, codes[1:], strict=True)]
+    code, *other_codes = draw_codes(rng, 1 + CHAIN_DISTRACTORS)
+    links = chain_facts(rng, chain, code)
+    distractors = [
+        reword(rng, ASSIGNMENTS, name, other)
+        for name, other in zip(others, other_codes, strict=True)
+    ]
     facts, target = _merge_in_order(rng, links, distractors)
-    trace = " ".join(f"{name}=" for name in reversed(chain))
-    question = Question(f"what value has {chain[-1]}?", f"{trace} {codes[0]}")
+    question = Question(*chain_question(rng, chain, code))
     return _Plot(tuple(facts), (question,), target, ordered=True)
 
 
@@ -317,6 +296,7 @@ _PLOTS: dict[str, Callable[[random.Random, int], _Plot]] = {
     "multi_key": _multi_key,
     "multi_value": _multi_value,
     "chain": _chain,
+    "steps": _steps,
     "copy": _copy,
     "multi_turn": _multi_turn,
 }
@@ -328,30 +308,17 @@ def _filler(rng: random.Random, budget: int, count: Callable[[str], int]) -> lis
         raise ValueError(f"the facts need {-budget} tokens more than the document has")
     sentences: list[str] = []
     while True:
-        sentence = _sentence(rng)
+        sentence = filler_sentence(rng)
         budget -= _cost(count, sentence)
         if budget < 0:
             return sentences
         sentences.append(sentence)
 
 
-def _sentence(rng: random.Random) -> str:
-    """Write one sentence of the filler grammar."""
-    named = rng.random() < NAMED_FILLER_SHARE
-    subject = rng.choice(NAMES) if named else f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
-    tail = rng.choice(
-        ("", f" {rng.choice(ADVERBS)}", f" {rng.choice(PLACES)} the {rng.choice(NOUNS)}")
-    )
-    return f"{subject} {rng.choice(VERBS)} the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}{tail}."
-
-
 def _interleave(
     rng: random.Random, plot: _Plot, filler: list[str], depth: float | None
 ) -> list[str]:
-    """Put the facts between filler sentences, the target at ``depth`` when one is given.
-
-    A fact never opens the text: the model has not seen a variable as the first word.
-    """
+    """Put the facts between filler sentences, the target at ``depth`` when one is given."""
     last = len(filler)
     placed = sorted(zip(_slots(rng, plot, last, depth), range(len(plot.facts)), strict=True))
     sentences: list[str] = []
@@ -363,14 +330,13 @@ def _interleave(
 
 def _slots(rng: random.Random, plot: _Plot, last: int, depth: float | None) -> list[int]:
     """Draw for each fact the number of filler sentences before it."""
-    first = min(1, last)
     if depth is None:
-        slots = [rng.randint(first, last) for _ in plot.facts]
+        slots = [rng.randint(0, last) for _ in plot.facts]
         return sorted(slots) if plot.ordered else slots
-    middle = max(first, round(depth * last))
+    middle = round(depth * last)
     slots = []
     for fact in range(len(plot.facts)):
-        low = middle if plot.ordered and fact > plot.target else first
+        low = middle if plot.ordered and fact > plot.target else 0
         high = middle if plot.ordered and fact < plot.target else last
         slots.append(rng.randint(low, high))
     slots[plot.target] = middle

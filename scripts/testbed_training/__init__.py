@@ -1,0 +1,1 @@
+"""How the bundled model is made; `scripts/train_testbed.py` runs it."""
