@@ -1,4 +1,4 @@
-"""Write the README's tables and the plots from the records in scripts/results.
+"""Write the README's tables from the records in scripts/results.
 
 A table stands in README.md between two markers, `<!-- results:NAME -->` and
 `<!-- /results:NAME -->`; what is between them belongs to this script. `--check` changes nothing and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,12 +18,16 @@ from typing import Any
 
 from records import REPOSITORY, RESULTS, Record, read_record
 
+from vllm_kvpress.evaluation.estimates import SURE
+from vllm_kvpress.evaluation.grid import FLOOR
+from vllm_kvpress.evaluation.grid import FULL as EVAL_FULL
+from vllm_kvpress.evaluation.records import Results, by_cell, read_results
+from vllm_kvpress.evaluation.tables import memory_share, not_better_than_floor
+
 README = REPOSITORY / "README.md"
-IMAGES = REPOSITORY / "docs" / "images"
 FULL = "none"
 HEADLINE_POLICY = "snapkv"
-LABELS = {FULL: "full cache"}
-TASK_TITLES = {"needle": "single needle", "multi_key": "one fact among 8 to 32 alike"}
+LABELS = {FULL: "full cache", EVAL_FULL: "full cache"}
 
 Result = dict[str, Any]
 
@@ -104,22 +109,28 @@ def cost_table(record: Record) -> str:
     return f"{markdown_table([*header, 'step, ms', 'metadata, ms'], rows)}\n\n{note}"
 
 
-def quality_table(record: Record) -> str:
-    """Return right answers, a row a policy, a column a task and keep ratio."""
-    settings, results = record["settings"], record["results"]
-    found = {(r["policy"], r["keep_ratio"], r["task"]): r for r in results}
-    policies = list(dict.fromkeys(r["policy"] for r in results))
-    ratios = sorted({r["keep_ratio"] for r in results if r["policy"] != FULL}, reverse=True)
-    columns = [(task, kept) for task in settings["tasks"] for kept in ratios]
+def quality_table(results: Results) -> str:
+    """Return right answers and memory: a row a policy and keep ratio, a column a cell."""
+    records = results.records
+    cells = by_cell(records)
+    doubtful = [id(record) for record in not_better_than_floor(records)]
     rows = []
-    for policy in policies:
-        cells = [found.get((policy, 1.0 if policy == FULL else k, t)) for t, k in columns]
-        rows.append([label(policy), *(percentage(cell) for cell in cells)])
-    header = ["policy", *(f"{task}, keep {kept:g}" for task, kept in columns)]
+    for variant in dict.fromkeys((r["policy"], r["keep_ratio"]) for r in records):
+        own = [r for r in records if (r["policy"], r["keep_ratio"]) == variant]
+        found = {(r["task"], r["length"]): r for r in own}
+        shares = [s for r in own if (s := memory_share(records, r)) is not None]
+        row = [label(variant[0]), f"{variant[1]:g}"]
+        row += [percentage(found.get(cell), doubtful) for cell in cells]
+        rows.append([*row, f"{100 * statistics.fmean(shares):.0f}"])
+    header = ["policy", "kept", *(f"{task}, {length}" for task, length in cells), "memory, %"]
+    settings, engine = records[-1]["settings"], records[-1]["engine"]
     note = (
-        f"Per cent of {settings['items']} questions answered right (+- standard error), the same "
-        f"documents of {settings['num_tokens']} tokens for all, question at the end of the prompt, "
-        f"greedy. {made_with(record)}"
+        f"Per cent of {settings['limit']} documents answered right (± standard error), the same "
+        f"for all, greedy. Memory: blocks of a request when it was last scheduled, as a share of "
+        f"the full cache's. †: not better than `{FLOOR}` at the same ratio by {SURE:g} standard "
+        f"errors of the paired difference. Model `{settings['model']}`, {engine['dtype']}, block "
+        f"size {engine['block_size']}, {engine['device']}, vLLM {settings['versions']['vllm']}, "
+        f"{records[-1]['date_utc']}: `{records[-1]['command']}`."
     )
     return f"{markdown_table(header, rows)}\n\n{note}"
 
@@ -151,11 +162,12 @@ def ratio(clock: Result) -> str:
     return f"**{figures['median']:.2f}** ({quartiles})"
 
 
-def percentage(result: Result | None) -> str:
+def percentage(result: Result | None, doubtful: Sequence[int]) -> str:
     """Return an accuracy with its standard error; a dash where nothing was measured."""
     if result is None:
         return "-"
-    return f"{100 * result['accuracy']:.0f} ± {100 * result['standard_error']:.0f}"
+    mark = "†" if id(result) in doubtful else ""
+    return f"{100 * result['accuracy']:.0f} ± {100 * result['standard_error']:.0f}{mark}"
 
 
 def made_with(record: Record) -> str:
@@ -179,11 +191,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
-TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
-    "headline": ("cpu_memory.json", headline),
-    "memory": ("cpu_memory.json", memory_table),
-    "cost": ("cpu_cost.json", cost_table),
-    "quality": ("cpu_quality.json", quality_table),
+# Section -> (record, how to read it, how to write it); a folder is what `vllm-kvpress eval` wrote.
+TABLES: dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], str]]] = {
+    "headline": ("cpu_memory.json", read_record, headline),
+    "memory": ("cpu_memory.json", read_record, memory_table),
+    "cost": ("cpu_cost.json", read_record, cost_table),
+    "quality": ("cpu_quality", read_results, quality_table),
+    "tasks": ("cpu_tasks", read_results, quality_table),
 }
 
 
@@ -209,62 +223,11 @@ def fill_markers(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def plot_quality(record: Record, path: Path) -> None:
-    """Draw accuracy against keep ratio: a panel a task, a line a policy, the full cache on top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = record["settings"]["tasks"]
-    figure, axes = pyplot.subplots(
-        1, len(tasks), figsize=(4.6 * len(tasks) + 1.4, 3.8), sharey=True
-    )
-    panels = [axes] if len(tasks) == 1 else axes
-    for axis, task in zip(panels, tasks, strict=True):
-        results = [result for result in record["results"] if result["task"] == task]
-        draw_panel(axis, results)
-        axis.set_title(TASK_TITLES.get(task, task))
-        axis.set_xlabel("share of the prompt kept")
-    panels[0].set_ylabel("right answers")
-    lines, names = panels[0].get_legend_handles_labels()
-    figure.tight_layout()
-    figure.legend(lines, names, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No date and no version inside: the same record gives the same file.
-    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def draw_panel(axis: Any, results: Sequence[Result]) -> None:
-    """Draw one task's lines."""
-    for policy in dict.fromkeys(result["policy"] for result in results):
-        points = sorted((r for r in results if r["policy"] == policy), key=kept)
-        heights = [point["accuracy"] for point in points]
-        if policy == FULL:
-            axis.axhline(heights[0], color="black", linestyle="--", label=LABELS[FULL])
-            continue
-        errors = [point["standard_error"] for point in points]
-        positions = [kept(point) for point in points]
-        axis.errorbar(positions, heights, errors, marker="o", capsize=3, label=policy)
-    ratios = sorted({kept(result) for result in results if result["policy"] != FULL})
-    axis.set_xscale("log")
-    axis.set_xticks(ratios, [f"{value:g}" for value in ratios])
-    axis.minorticks_off()
-    axis.set_ylim(-0.05, 1.08)
-    axis.grid(alpha=0.3)
-
-
-def kept(result: Result) -> float:
-    """Return a result's keep ratio."""
-    return float(result["keep_ratio"])
-
-
 def make_tables(folder: Path) -> dict[str, str]:
     """Return the tables whose records are in a folder."""
     return {
-        name: table(read_record(folder / file))
-        for name, (file, table) in TABLES.items()
+        name: table(read(folder / file))
+        for name, (file, read, table) in TABLES.items()
         if (folder / file).exists()
     }
 
@@ -275,7 +238,6 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, only compare")
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--images", type=Path, default=IMAGES)
     arguments = parser.parse_args()
     old = arguments.readme.read_text(encoding="utf-8")
     try:
@@ -289,9 +251,6 @@ def main() -> int:
         return int(new != old)
     if new != old:
         arguments.readme.write_text(new, encoding="utf-8")
-    quality = arguments.results / TABLES["quality"][0]
-    if quality.exists():
-        plot_quality(read_record(quality), arguments.images / "quality.png")
     return 0
 
 

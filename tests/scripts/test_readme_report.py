@@ -7,31 +7,31 @@ import pytest
 import report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MADE = {
-    "date_utc": "2026-01-02",
-    "command": "python scripts/bench_quality.py",
-    "hardware": {"cpu": "a CPU", "cores": 2, "memory_gib": 8.0, "gpu": None},
-    "software": {"vllm": "0.32.0"},
-    "seeds": {"documents": 1},
-}
-ENGINE = {"model": "testbed", "dtype": "bfloat16", "block_size": 32}
 
 
-def quality_record() -> dict:
-    cells = [("none", 1.0, 1.0), ("snapkv", 0.5, 1.0), ("snapkv", 0.25, 0.93)]
-    results = [
-        {"policy": p, "keep_ratio": k, "task": "needle", "accuracy": a, "standard_error": 0.02}
-        for p, k, a in cells
+def write_results(folder: Path) -> None:
+    folder.mkdir()
+    settings = {"model": "testbed", "limit": 4, "versions": {"vllm": "0.32.0"}}
+    engine = {"dtype": "bfloat16", "block_size": 32, "device": "a CPU"}
+    made = {"settings": settings, "engine": engine, "date_utc": "2026-01-02", "command": "eval"}
+    cells = [("full", 1.0, [1, 1, 1, 1], 64), ("random", 0.25, [0, 0, 1, 0], 17)]
+    cells += [("snapkv", 0.25, [1, 1, 1, 1], 16), ("knorm", 0.25, [0, 0, 1, 0], 16)]
+    lines = [
+        {
+            **made,
+            **{"policy": policy, "keep_ratio": kept, "task": "needle", "length": 2048},
+            **{"scores": scores, "accuracy": sum(scores) / 4, "standard_error": 0.02},
+            "blocks": {"peak": 70.0, "steady": float(blocks)},
+        }
+        for policy, kept, scores, blocks in cells
     ]
-    settings = {**ENGINE, "items": 100, "num_tokens": 2048, "tasks": ["needle"]}
-    return {**MADE, "benchmark": "quality", "settings": settings, "results": results}
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     (tmp_path / "results").mkdir()
-    record = tmp_path / "results" / "cpu_quality.json"
-    record.write_text(json.dumps(quality_record()))
+    write_results(tmp_path / "results" / "cpu_quality")
     readme = tmp_path / "README.md"
     readme.write_text("before\n\n<!-- results:quality -->\n<!-- /results:quality -->\n\nafter\n")
     return tmp_path
@@ -40,7 +40,7 @@ def repository(tmp_path: Path) -> Path:
 def run(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "scripts" / "report.py"), *options]
     command += ["--readme", str(repository / "README.md")]
-    command += ["--results", str(repository / "results"), "--images", str(repository / "images")]
+    command += ["--results", str(repository / "results")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -50,9 +50,9 @@ def test_the_readme_gets_the_table_between_its_markers(repository):
     text = (repository / "README.md").read_text()
     assert text.startswith("before\n\n<!-- results:quality -->\n| policy |")
     assert text.endswith("<!-- /results:quality -->\n\nafter\n")
-    assert "| full cache | 100 ± 2 | 100 ± 2 |" in text
-    assert "| `snapkv` | 100 ± 2 | 93 ± 2 |" in text
-    assert (repository / "images" / "quality.png").stat().st_size > 1000
+    assert "| full cache | 1 | 100 ± 2 | 100 |" in text
+    assert "| `snapkv` | 0.25 | 100 ± 2 | 25 |" in text
+    assert "| `knorm` | 0.25 | 25 ± 2† | 25 |" in text
 
 
 def test_check_fails_on_a_readme_that_differs_and_changes_nothing(repository):
@@ -61,7 +61,6 @@ def test_check_fails_on_a_readme_that_differs_and_changes_nothing(repository):
     assert run(repository, "--check").returncode == 1
 
     assert (repository / "README.md").read_text() == old
-    assert not (repository / "images").exists()
 
 
 def test_check_passes_on_a_readme_just_written(repository):
@@ -70,9 +69,9 @@ def test_check_passes_on_a_readme_just_written(repository):
     assert run(repository, "--check").returncode == 0
 
 
-def test_writing_twice_changes_nothing():
+def test_writing_twice_changes_nothing(repository):
     text = "<!-- results:quality -->\nold\n<!-- /results:quality -->\n"
-    tables = {"quality": report.quality_table(quality_record())}
+    tables = report.make_tables(repository / "results")
 
     once = report.fill_markers(text, tables)
 
@@ -112,10 +111,10 @@ def test_the_readme_in_the_repository_agrees_with_the_records():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", sorted(set(report.TABLES) - {"headline"}))
+@pytest.mark.parametrize("name", [n for n in report.make_tables(report.RESULTS) if n != "headline"])
 def test_every_record_in_the_repository_makes_its_table(name):
-    file, table = report.TABLES[name]
-    text = table(report.read_record(report.RESULTS / file))
+    file, read, table = report.TABLES[name]
+    text = table(read(report.RESULTS / file))
 
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1
