@@ -33,7 +33,7 @@ from bench_engine import (
     prepare_environment,
     random_prompt,
 )
-from records import RESULTS, hardware, make_record, read_record, spread, write_record
+from records import RESULTS, earlier_results, hardware, make_record, spread, write_record
 from rich.console import Console
 from rich.table import Table
 
@@ -291,24 +291,14 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings | engine_settings(arguments)
 
 
-def earlier_results(arguments: argparse.Namespace) -> list[Result]:
-    """Return the results of an interrupted run, which must have had the same settings."""
-    if not arguments.output.exists():
-        return []
-    record = read_record(arguments.output)
-    if record["settings"] != settings_of(arguments):
-        sys.exit(f"{arguments.output.name} was made with other settings: remove it, or --output")
-    results: list[Result] = record["results"]
-    return results
-
-
 def main() -> int:
     """Measure every policy, write the record, print the table, and return the exit code."""
     arguments = parse_arguments()
     prepare_environment(arguments)
     console = Console(width=110)
     label = engine_settings(arguments)["model"]
-    earlier = earlier_results(arguments)
+    settings, seeds = settings_of(arguments), {"prompts": arguments.seed}
+    earlier = earlier_results(arguments.output, settings=settings, seeds=seeds)
     steps = [result for result in earlier if result["model"] == label]
     deep = [result for result in earlier if result["model"] != label]
     done = {result["policy"] for result in deep}
@@ -320,8 +310,6 @@ def main() -> int:
                 deep += in_both_orders(executor, measure_deep, arguments, policy)
             console.print(f"{policy}: measured")
             results = [*steps, *deep]
-            seeds = {"prompts": arguments.seed}
-            settings = settings_of(arguments)
             record = make_record("cost", settings=settings, seeds=seeds, results=results)
             write_record(arguments.output, record)
     console.print(results_table([*steps, *deep]))

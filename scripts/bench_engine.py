@@ -109,7 +109,6 @@ class Engine:
         self.engine: Any = self.llm.llm_engine
         self.core: Any = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
-        self.coordinator = self.scheduler.kv_cache_manager.coordinator
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self._ids = itertools.count()
         assert (self.plan is None) == (policy is None), "the engine runs under another policy"
@@ -159,7 +158,7 @@ class Engine:
     def close(self) -> None:
         """Free the engine's memory."""
         self.engine.engine_core.shutdown()
-        del self.llm, self.engine, self.core, self.scheduler, self.coordinator, self.pool
+        del self.llm, self.engine, self.core, self.scheduler, self.pool
         gc.collect()
 
 

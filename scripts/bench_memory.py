@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from records import RESULTS, make_record, write_record
 from rich.console import Console
 from rich.table import Table
 
+from vllm_kvpress.evaluation.observe import Observation, observe
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.testbed.documents import Question
 
@@ -49,60 +48,11 @@ Item = tuple[list[int], Question | None]
 Result = dict[str, Any]
 
 
-@dataclass
-class Observation:
-    """What scheduler and pool showed, step by step.
-
-    Attributes:
-        running: The most requests in the scheduler's running queue.
-        least_free: The fewest free blocks of the pool.
-        preemptions: Requests that lost their blocks.
-        peak: By request, the most blocks it held.
-        last: By request, the blocks it held when it was last scheduled.
-    """
-
-    running: int = 0
-    least_free: int = sys.maxsize
-    preemptions: int = 0
-    peak: Counter[str] = field(default_factory=Counter)
-    last: Counter[str] = field(default_factory=Counter)
-
-
-def watch(engine: Engine) -> Observation:
-    """Return an observation that goes on until the scheduler is watched anew."""
-    seen = Observation()
-    scheduler = engine.scheduler
-    schedule = type(scheduler).schedule
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        output = schedule(scheduler, *args, **kwargs)
-        seen.running = max(seen.running, len(scheduler.running))
-        seen.least_free = min(seen.least_free, engine.pool.get_num_free_blocks())
-        for request in scheduler.running:
-            held = held_blocks(engine, request.request_id)
-            seen.peak[request.request_id] = max(seen.peak[request.request_id], held)
-            seen.last[request.request_id] = held
-        seen.preemptions += len(output.preempted_req_ids or ())
-        return output
-
-    scheduler.schedule = watched
-    return seen
-
-
-def held_blocks(engine: Engine, request_id: str) -> int:
-    """Return the pool blocks that a request holds in all lanes together."""
-    return sum(
-        not block.is_null
-        for manager in engine.coordinator.single_type_managers
-        for block in manager.req_to_blocks.get(request_id, ())
-    )
-
-
 def run_crowd(
     engine: Engine, items: Sequence[Item], num_outputs: int
 ) -> tuple[Observation, list[list[int]]]:
     """Generate for all items at once; return what was seen, and the outputs in order."""
-    seen = watch(engine)
+    seen = observe(engine.scheduler)
     ids = [engine.add(prompt, num_outputs) for prompt, _ in items]
     outputs = engine.drain()
     return seen, [outputs[request_id] for request_id in ids]

@@ -27,7 +27,7 @@ from bench_engine import (
     policy_source,
     prepare_environment,
 )
-from records import RESULTS, make_record, read_record, write_record
+from records import RESULTS, earlier_results, make_record, write_record
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -158,25 +158,12 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings | {name: getattr(arguments, name) for name in names}
 
 
-def earlier_results(arguments: argparse.Namespace) -> list[Result]:
-    """Return the results of an interrupted run, which must have had the same settings."""
-    if not arguments.output.exists():
-        return []
-    record = read_record(arguments.output)
-    if (record["settings"], record["seeds"]) != (
-        settings_of(arguments),
-        {"documents": arguments.seed},
-    ):
-        sys.exit(f"{arguments.output.name} was made with other settings: remove it, or --output")
-    results: list[Result] = record["results"]
-    return results
-
-
 def main() -> int:
     """Measure every missing cell, write the record after each, and return the exit code."""
     arguments = parse_arguments()
     prepare_environment(arguments)
-    results = earlier_results(arguments)
+    settings, seeds = settings_of(arguments), {"documents": arguments.seed}
+    results = earlier_results(arguments.output, settings=settings, seeds=seeds)
     done = {(r["policy"], r["keep_ratio"]) for r in results}
     missing = [cell for cell in wanted_cells(arguments) if cell not in done]
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
@@ -186,10 +173,7 @@ def main() -> int:
         for cell in missing:
             bar.update(progress, description=f"{cell[0]} at {cell[1]}")
             results += executor.submit(measure_cell, arguments, *cell).result()
-            seeds = {"documents": arguments.seed}
-            record = make_record(
-                "quality", settings=settings_of(arguments), seeds=seeds, results=results
-            )
+            record = make_record("quality", settings=settings, seeds=seeds, results=results)
             write_record(arguments.output, record)
             shares = ", ".join(
                 f"{r['task']} {r['accuracy']:.2f}" for r in results[-len(arguments.tasks) :]

@@ -56,6 +56,22 @@ def read_record(path: Path) -> Record:
     return record
 
 
+def earlier_results(
+    path: Path, *, settings: Mapping[str, Any], seeds: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Return the results of an interrupted run, to go on from; none if there is no record yet.
+
+    Ends the program if that run had other settings or seeds.
+    """
+    if not path.exists():
+        return []
+    record = read_record(path)
+    if (record["settings"], record["seeds"]) != (settings, seeds):
+        sys.exit(f"{path.name} was made with other settings: remove it, or --output")
+    results: list[dict[str, Any]] = record["results"]
+    return results
+
+
 def command(arguments: Sequence[str]) -> str:
     """Return a command line that runs from the repository's root, without absolute paths."""
     return " ".join(["python", *(_relative(argument) for argument in arguments)])

@@ -207,13 +207,14 @@ def main() -> int:
     arguments = parser.parse_args()
     log_path = Path(sys.prefix) / "setup.log"
     try:
+        # [eval] as well: without lm-eval its tests fail.
         if has_nvidia_driver():
             print("NVIDIA driver found: installing vLLM for CUDA")
-            extras = "cuda,dev"
+            extras = "cuda,dev,eval"
         else:
             print("no NVIDIA driver: installing vLLM for CPU")
             install_cpu_build(arguments.torch_index_url, log_path)
-            extras = "dev"
+            extras = "dev,eval"
         run_step(f"vllm-kvpress [{extras}]", pip("install", "-e", f".[{extras}]"), log_path)
         check = [sys.executable, "-c", "import vllm; from vllm import LLM"]
         run_step("check that vLLM imports", check, log_path)

@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "disable_log_stats": True,
     "skip_tokenizer_init": True,
 }
+TAKES_GIVEN = {"logits_processors": ["vllm_kvpress.evaluation.forced:ForcedOutputs"]}
 SHARED_LANES = ("StagingSpec", "FullAttentionSpec", "SlidingWindowSpec")
 
 
@@ -130,6 +131,7 @@ class Engine:
         abort_at: Mapping[int, Sequence[int]] | None = None,
         arrive_at: Sequence[int] | None = None,
         stop: Sequence[int] = (),
+        given: Sequence[Sequence[int]] = (),
     ) -> list[Trace]:
         """Generates greedily for all prompts and returns their traces, in order.
 
@@ -141,6 +143,7 @@ class Engine:
             abort_at: Step -> requests (by index) to abort before it.
             arrive_at: The step at which each request arrives, ascending; all at 0 by default.
             stop: Token ids that end a request.
+            given: First outputs of each request, by an engine with `TAKES_GIVEN` among its options.
         """
         count = len(prompts)
         lengths = [num_outputs] * count if isinstance(num_outputs, int) else num_outputs
@@ -153,7 +156,8 @@ class Engine:
         added = self._step = 0
         while added < count or engine.has_unfinished_requests():
             while added < count and arrivals[added] <= self._step:
-                self._add(ids[added], prompts[added], lengths[added], stop)
+                first = given[added] if given else ()
+                self._add(ids[added], prompts[added], lengths[added], stop, first)
                 added += 1
             engine.abort_request([ids[i] for i in (abort_at or {}).get(self._step, ())])
             if self._step in preempt_at:
@@ -196,7 +200,12 @@ class Engine:
         self.least_free = min(self.least_free, free)
 
     def _add(
-        self, request_id: str, prompt: Sequence[int], num_outputs: int, stop: Sequence[int]
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        num_outputs: int,
+        stop: Sequence[int],
+        given: Sequence[int],
     ) -> None:
         from vllm import SamplingParams
 
@@ -208,6 +217,10 @@ class Engine:
             logprobs=TOP,
             detokenize=False,
         )
+        if given:
+            from vllm_kvpress.evaluation.forced import EXTRA_ARG
+
+            params.extra_args = {EXTRA_ARG: list(given)}
         self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
 
     def _preempt(self) -> None:

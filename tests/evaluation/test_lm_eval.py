@@ -13,7 +13,6 @@ import pytest
 from vllm_kvpress.testbed import model_path
 from vllm_kvpress.testbed.documents import TASKS, count_tokens
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'vllm-kvpress[eval]'")
 pytest.importorskip("vllm")
 
 SNAPKV = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reference.scorers import SCORERS, Observation
 
-__all__ = ["DenseLlama", "DenseReference", "Kept", "Result", "Rule"]
+__all__ = ["DenseLlama", "DenseReference", "Kept", "Result", "Rule", "choose"]
 
 # (event, layer, KV head) -> the sorted positions below the event's open block that survive it.
 Kept = dict[tuple[int, int, int], list[int]]
@@ -66,6 +66,57 @@ class Rule:
         every = range(prompt_len + self.every, end + 1, self.every) if self.every else ()
         all_events = [prompt_len] * self.prompt_end + list(every)
         return [e for e in all_events if start < e <= end and e > self.budget_of(prompt_len)]
+
+    def window(self, prompt_len: int, start: int, num_keys: int) -> Tensor:
+        """Returns which of the positions [0, num_keys) a chunk that begins at `start` may see."""
+        positions = torch.arange(num_keys)
+        if self.scorer != "window" or start < prompt_len:
+            return positions >= 0
+        window = self.budget_of(prompt_len) - self.sinks
+        sinks_end = -(-self.sinks // self.block_size) * self.block_size
+        window_start = max(0, start - window) // self.block_size * self.block_size
+        return (positions < sinks_end) | (positions >= window_start)
+
+
+def choose(
+    rule: Rule,
+    prompt_len: int,
+    event: int,
+    positions: Tensor,
+    scores: Tensor,
+    forced_choice: Sequence[int] | None = None,
+) -> tuple[list[int], list[float]]:
+    """Returns what an event keeps below its open block, and the flips against a forced choice.
+
+    Args:
+        rule: The policy.
+        prompt_len: Tokens of the prompt.
+        event: Where the event takes place.
+        positions: What the KV head still holds, ascending.
+        scores: Its scores, float32 [num_tokens].
+        forced_choice: What is kept instead of the rule's own choice; flips as in `Result`.
+    """
+    assert not scores.isnan().any(), "a score is NaN"
+    tail = event % rule.block_size
+    num_kept = max(0, rule.budget_of(prompt_len) - tail) // rule.block_size * rule.block_size
+    forced = (positions < rule.sinks) | (positions >= event - rule.recent)
+    candidates = positions < event - tail
+    assert int((forced & candidates).sum()) <= num_kept <= int(candidates.sum())
+    # Stable sorts, the least significant first: ties go to the lower position.
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(forced[order].int(), descending=True, stable=True)]
+    order = order[candidates[order]]
+    own = sorted(positions[order[:num_kept]].tolist())
+    if forced_choice is None:
+        return own, []
+    flips = []
+    if num_kept:
+        score_of = dict(zip(positions.tolist(), scores.tolist(), strict=True))
+        cut = float(scores[order[num_kept - 1]])
+        spread = float(scores[scores.isfinite()].std()) + 1e-30
+        flipped = set(own) ^ set(forced_choice)
+        flips = [abs(score_of[position] - cut) / spread for position in flipped]
+    return sorted(forced_choice), flips
 
 
 class Result(NamedTuple):
@@ -297,21 +348,10 @@ class _Run:
         num_keys = keys.shape[0]
         causal = torch.ones(len(q), num_keys, dtype=torch.bool).tril(num_keys - len(q))
         seen = self.visible[layer].repeat_interleave(group, dim=0)[:, None, :] & causal
-        seen &= self._window(start, num_keys)
+        seen &= self.rule.window(self.prompt_len, start, num_keys)
         scores = torch.einsum("qhd,khd->hqk", q, keys) * self.model.head_dim**-0.5
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, values)
-
-    def _window(self, start: int, num_keys: int) -> Tensor:
-        """Returns the mask [num_keys] of window mode for a chunk that starts at `start`."""
-        positions = torch.arange(num_keys)
-        if self.rule.scorer != "window" or start < self.prompt_len:
-            return positions >= 0
-        size = self.rule.block_size
-        window = self.rule.budget_of(self.prompt_len) - self.rule.sinks
-        sinks_end = -(-self.rule.sinks // size) * size
-        window_start = max(0, start - window) // size * size
-        return (positions < sinks_end) | (positions >= window_start)
 
     def _evict(self, event: int) -> None:
         closed = event - event % self.rule.block_size
@@ -320,37 +360,15 @@ class _Run:
                 key = (event, layer, head)
                 # An engine leaves out the event of a request's very last step: nothing reads it.
                 forced = (self.forced_kept or {}).get(key)
-                self.kept[key] = self._select(event, layer, head, forced)
+                positions = self.visible[layer, head, :event].nonzero().flatten()
+                seen = self._observe(layer, head, positions)
+                scores = SCORERS[self.rule.scorer](seen, **self.rule.params)
+                self.kept[key], flips = choose(
+                    self.rule, self.prompt_len, event, positions, scores, forced
+                )
+                self.flips += flips
                 self.visible[layer, head, :closed] = False
                 self.visible[layer, head, self.kept[key]] = True
-
-    def _select(
-        self, event: int, layer: int, head: int, forced_choice: Sequence[int] | None
-    ) -> list[int]:
-        rule = self.rule
-        tail = event % rule.block_size
-        budget = rule.budget_of(self.prompt_len)
-        num_kept = max(0, budget - tail) // rule.block_size * rule.block_size
-        positions = self.visible[layer, head, :event].nonzero().flatten()
-        scores = SCORERS[rule.scorer](self._observe(layer, head, positions), **rule.params)
-        assert not scores.isnan().any(), "a score is NaN"
-        forced = (positions < rule.sinks) | (positions >= event - rule.recent)
-        candidates = positions < event - tail
-        assert int((forced & candidates).sum()) <= num_kept <= int(candidates.sum())
-        # Stable sorts, the least significant first: ties go to the lower position.
-        order = torch.argsort(scores, descending=True, stable=True)
-        order = order[torch.argsort(forced[order].int(), descending=True, stable=True)]
-        order = order[candidates[order]]
-        own = sorted(positions[order[:num_kept]].tolist())
-        if forced_choice is None:
-            return own
-        if num_kept:
-            score_of = dict(zip(positions.tolist(), scores.tolist(), strict=True))
-            cut = float(scores[order[num_kept - 1]])
-            spread = float(scores[scores.isfinite()].std()) + 1e-30
-            flipped = set(own) ^ set(forced_choice)
-            self.flips += [abs(score_of[position] - cut) / spread for position in flipped]
-        return sorted(forced_choice)
 
     def _observe(self, layer: int, head: int, positions: Tensor) -> Observation:
         group = self.model.num_heads // self.model.num_kv_heads

@@ -21,6 +21,18 @@ def test_a_record_says_how_where_and_with_what(tmp_path):
     assert {"cpu", "cores", "memory_gib", "gpu"} == set(record["hardware"])
 
 
+def test_an_interrupted_run_goes_on_with_the_same_settings_only(tmp_path):
+    path = tmp_path / "x.json"
+    made_with = {"settings": {"lengths": [1]}, "seeds": {"s": 2}}
+
+    assert records.earlier_results(path, **made_with) == []
+    records.write_record(path, records.make_record("x", **made_with, results=[{"b": 3}]))
+    assert records.earlier_results(path, **made_with) == [{"b": 3}]
+    for other in ({"settings": {"lengths": [2]}}, {"seeds": {"s": 3}}):
+        with pytest.raises(SystemExit, match=r"^x\.json was made with other settings"):
+            records.earlier_results(path, **{**made_with, **other})
+
+
 def test_spread_gives_median_quartiles_and_extremes():
     figures = records.spread([3.0, 1.0, 2.0])
 
