@@ -152,6 +152,17 @@ class Evict(_Part):
     ] = "drop"
 
 
+class Quantize(_Part):
+    """Precision in which K and V are kept; it is that of the whole cache."""
+
+    keys: Annotated[
+        Literal["fp8"], Field(description="fp8 (int8, int4, kivi are not in this version)")
+    ]
+    values: Annotated[
+        Literal["fp8"], Field(description="fp8 (int8, int4, kivi are not in this version)")
+    ]
+
+
 class Heads(_Part):
     """Which KV heads the policy acts on."""
 
@@ -182,9 +193,9 @@ class Policy(_Part):
     sink_tokens: Tokens = 4
     recent_tokens: Tokens = 64
     evict: Annotated[Evict, Field(description="a mapping with scorer, budget, when, losers")]
-    quantize: Annotated[None, Field(description="null (quantization is not in this version)")] = (
-        None
-    )
+    quantize: Annotated[
+        Quantize | None, Field(description="a mapping with keys and values, or null")
+    ] = None
     heads: Annotated[Heads, Field(description="a mapping with plan")] = Heads()
     layers: Annotated[Layers, Field(description="a mapping with skip")] = Layers()
 
@@ -381,6 +392,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "scorer": ScorerSpec,
     "budget": Budget,
     "when": When,
+    "quantize": Quantize,
     "heads": Heads,
     "layers": Layers,
 }

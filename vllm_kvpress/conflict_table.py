@@ -17,6 +17,7 @@ ALLOWED = (
     "tensor parallelism",
     "prefix caching, chunked prefill, asynchronous scheduling",
     "LoRA",
+    "--kv-cache-dtype fp8",
     "n > 1",
     "prompt_logprobs",
     "structured output",
@@ -36,9 +37,13 @@ def _above_zero(value: str) -> bool:
     return value.strip() not in ("", "none", "None", "0", "0.0")
 
 
-def _not_model_dtype(value: str) -> bool:
+# The engine's own 8-bit caches: one scale a layer, no extra bytes, moved as they are.
+FP8_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+
+
+def _no_plain_dtype(value: str) -> bool:
     # Whether bfloat16 or float16 is the model's own dtype is known at start only.
-    return value not in ("auto", "bfloat16", "float16")
+    return value not in ("auto", "bfloat16", "float16", *FP8_DTYPES)
 
 
 def _not_multiple_of_8(value: str) -> bool:
@@ -151,10 +156,10 @@ REFUSED = (
     ),
     Refusal(
         "kv_cache_dtype",
-        "a KV cache of another dtype than the model's",
-        "evicting policies move K and V as the model wrote them",
-        "Use --kv-cache-dtype auto",
-        {"kv-cache-dtype": _not_model_dtype},
+        "a KV cache of another dtype than the model's or fp8",
+        "evicting policies move K and V as they lie in the cache, without scales beside them",
+        "Use --kv-cache-dtype auto or fp8",
+        {"kv-cache-dtype": _no_plain_dtype},
     ),
     Refusal(
         "kv_sharing_fast_prefill",

@@ -1,6 +1,7 @@
 """Bytes of the cache: the one place for the arithmetic that engine, kernels and `explain` share.
 
-One block of one layer, as vLLM's KV cache holds it in the model's own dtype:
+One block of one layer, as vLLM's KV cache holds it in the model's own dtype or in fp8 (the
+engine's own, one scale a layer, which takes no room in the cache):
 
     | K of block_size tokens, all KV heads | V of the same |      page_bytes
       block_size * num_kv_heads * head_size elements each
@@ -17,7 +18,7 @@ from vllm_kvpress.errors import ConfigError, shown
 
 __all__ = ["DTYPE_BYTES", "CacheShape", "positions_per_block", "queries_per_block"]
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 POSITION_BYTES = 4
 
 
@@ -60,15 +61,19 @@ class CacheShape:
         """Bytes of one block in this layer."""
         return self.block_size * self.bytes_per_token
 
-    @property
-    def page_elements(self) -> int:
-        """Elements of one block in this layer."""
-        return self.page_bytes // DTYPE_BYTES[self.dtype]
 
+def queries_per_block(
+    page_bytes: int, num_query_heads: int, head_size: int, element_bytes: int
+) -> int:
+    """Returns how many tokens' queries fit in one page, in whole rows; 0 if none does.
 
-def queries_per_block(page_elements: int, num_query_heads: int, head_size: int) -> int:
-    """Returns how many tokens' queries fit in one page, in whole rows; 0 if none does."""
-    return page_elements // (num_query_heads * head_size)
+    Args:
+        page_bytes: Bytes of one block of one layer.
+        num_query_heads: Query heads of the layer.
+        head_size: Channels of a head.
+        element_bytes: Bytes of one element in the model's dtype, whatever the cache's.
+    """
+    return page_bytes // (num_query_heads * head_size * element_bytes)
 
 
 def positions_per_block(page_bytes: int, num_kv_heads: int) -> int:

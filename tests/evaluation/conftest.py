@@ -33,7 +33,7 @@ def make_record(policy, right, keep_ratio=0.5, task="needle", length=1024, **cha
             "decode_tokens": 500,
         },
         "bytes_per_token": 4096.0 * keep_ratio,
-        "engine": {"device": "cpu", "dtype": "bfloat16", "block_size": 32},
+        "engine": {"device": "cpu", "dtype": "bfloat16", "block_size": 32, "block_bytes": 65536},
         "policy_in_full": None,
         "settings": SETTINGS,
         "command": "vllm-kvpress eval --model testbed",

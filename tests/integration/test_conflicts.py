@@ -55,7 +55,8 @@ OPTIONS = [
     ),
     ({"kv_offloading_size": 1.0}, "kv_offloading", "--kv-offloading-size 1.0"),
     ({"disable_hybrid_kv_cache_manager": True}, "hybrid_manager_off", "is off"),
-    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "--kv-cache-dtype fp8"),
+    ({"kv_cache_dtype": "fp8_per_token_head"}, "kv_cache_dtype",
+     "--kv-cache-dtype fp8_per_token_head"),
     ({"enable_prompt_embeds": True}, "prompt_embeds", "--enable-prompt-embeds"),
     ({"block_size": 20}, "block_size", "--block-size 20"),
     ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
@@ -236,8 +237,8 @@ def test_a_model_with_some_full_attention_layers_is_allowed(tmp_path):
     assert conflicts.find(config_of(model, kv_policy="knorm")) == []
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_the_models_own_dtype_is_no_conflict(dtype):
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_the_models_own_dtype_and_fp8_are_no_conflict(dtype):
     assert conflicts.find(config_of(kv_policy="knorm", kv_cache_dtype=dtype)) == []
 
 
@@ -286,7 +287,8 @@ def test_option_names_of_the_table_exist_in_vllm():
         ({"--pipeline_parallel_size": "1", "--block-size": "32"}, []),
         ({"block-size": "20", "enable-sleep-mode": "true"}, ["block_size", "sleep_mode"]),
         ({"enable-sleep-mode": "false", "kv-cache-dtype": "auto"}, []),
-        ({"kv-cache-dtype": "fp8"}, ["kv_cache_dtype"]),
+        ({"kv-cache-dtype": "fp8"}, []),
+        ({"kv-cache-dtype": "int8_per_token_head"}, ["kv_cache_dtype"]),
         ({"speculative-config": '{"method": "ngram"}'}, ["speculative_decoding"]),
         ({"attention-config": '{"use_non_causal": true}'}, ["non_causal"]),
         ({"attention-config": '{"flash_attn_version": 3}'}, []),

@@ -220,6 +220,18 @@ def test_engine_arguments_are_left_as_given():
     assert first.additional_config == second.additional_config
 
 
+def test_quantize_is_the_engines_own_cache_dtype():
+    fp8 = {"base": "knorm", "quantize": {"keys": "fp8", "values": "fp8"}}
+
+    assert config_of(kv_policy=fp8).cache_config.cache_dtype == "fp8"
+    assert config_of(kv_policy="snapkv-fp8").cache_config.cache_dtype == "fp8"
+    given = config_of(kv_policy=fp8, kv_cache_dtype="fp8_e5m2")
+    assert given.cache_config.cache_dtype == "fp8_e5m2"
+    assert config_of(kv_policy="knorm").cache_config.cache_dtype == "auto"
+    with pytest.raises(ConflictError, match="quantize fp8, --kv-cache-dtype bfloat16"):
+        config_of(kv_policy=fp8, kv_cache_dtype="bfloat16")
+
+
 def test_a_policy_sets_a_small_block_size_unless_the_user_did():
     assert config_of(kv_policy="knorm").cache_config.block_size == 32
     assert config_of(kv_policy="knorm", block_size=64).cache_config.block_size == 64

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvpress.errors import UnsupportedVLLMError
-from vllm_kvpress.integration.pages import PageMap, flat_pages
+from vllm_kvpress.integration.pages import PageMap, element_dtype, flat_pages, numbers
 
 BLOCKS = 6
 
@@ -49,7 +49,13 @@ def layer_of(heads, block_size, head_dim, *, token_major=False, dtype=torch.floa
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(cache[0].numel(), generator=generator)
     places = places.view(2, block_size, heads, head_dim)
-    return SimpleNamespace(kv_cache=cache, impl=ShuffledImpl(places))
+    return attention(cache, ShuffledImpl(places))
+
+
+def attention(cache, impl, **more):
+    """The part of vLLM's `Attention` that pages are learned from."""
+    scales = {"_k_scale_float": 1.0, "_v_scale_float": 1.0}
+    return SimpleNamespace(kv_cache=cache, impl=impl, **{**scales, **more})
 
 
 def strided_layer(heads, block_size, head_dim, *, token_major):
@@ -76,7 +82,7 @@ def fill(layer, block_size, heads, head_dim, blocks):
 
 
 def check_round_trip(layer, heads, block_size, head_dim):
-    page_map = PageMap.learn(layer)
+    page_map = PageMap.learn(layer, layer.kv_cache.dtype)
     pages = flat_pages(layer.kv_cache)
     assert pages.data_ptr() == layer.kv_cache.data_ptr()
     assert torch.equal(page_map.order[page_map.inverse], torch.arange(pages.shape[1]))
@@ -123,7 +129,7 @@ def test_the_cache_itself_is_not_touched_by_learning():
     layer = layer_of(2, 4, 8)
     layer.kv_cache.fill_(7)
 
-    PageMap.learn(layer)
+    PageMap.learn(layer, torch.float32)
 
     assert bool((layer.kv_cache == 7).all())
 
@@ -137,7 +143,7 @@ def test_a_backend_that_is_no_permutation_is_refused(fault):
         layer.impl.places[0, 0, 0, 1] = layer.impl.places[1, 3, 1, 7]
 
     with pytest.raises(UnsupportedVLLMError, match="does not store K and V as they are"):
-        PageMap.learn(layer)
+        PageMap.learn(layer, torch.float32)
 
 
 def test_blocks_further_apart_than_a_page_are_pages():
@@ -183,12 +189,48 @@ def test_the_cpu_backend_as_it_is(monkeypatch, dtype, heads, block_size, head_di
     impl = cpu_attn.CPUAttentionBackendImpl(heads, head_dim, 1.0, heads, None, None, "auto")
     cache = torch.zeros(BLOCKS, heads, block_size, 2 * head_dim, dtype=dtype)
     isa = cpu_attn._get_attn_isa(dtype, block_size, head_dim)
-    layer = SimpleNamespace(
-        kv_cache=cache, impl=impl, isa=isa, _k_scale_float=1.0, _v_scale_float=1.0
-    )
+    layer = attention(cache, impl, isa=isa)
 
     check_round_trip(layer, heads, block_size, head_dim)
     if isa == "amx" or (isa == "vec" and dtype == torch.float32):
         # The case is not trivial: this instruction set does reorder a page.
-        order = PageMap.learn(layer).order
+        order = PageMap.learn(layer, dtype).order
         assert not torch.equal(order, torch.arange(order.numel()))
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.5, 0.037)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_the_cpu_backend_with_an_fp8_cache(monkeypatch, name, dtype, scales):
+    """Bytes go through unchanged, and stand for the tokens within a step of fp8."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("the CPU build's own op")
+    from vllm.v1.attention.backends import cpu_attn
+
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
+    monkeypatch.setattr(cpu_attn, "get_current_vllm_config", lambda: config)
+    impl = cpu_attn.CPUAttentionBackendImpl(4, 64, 1.0, 4, None, None, name)
+    layer = attention(
+        torch.zeros(BLOCKS, 4, 32, 128, dtype=torch.uint8),
+        impl,
+        isa=cpu_attn._get_attn_isa(dtype, 32, 64, name),
+        kv_cache_dtype=name,
+        _k_scale_float=scales[0],
+        _v_scale_float=scales[1],
+    )
+    page_map = PageMap.learn(layer, dtype)
+    pages = flat_pages(layer.kv_cache)
+    tokens = [(torch.randn(32, 4, 64) * scale).to(dtype) for scale in scales]
+    impl.do_kv_cache_update(layer, *tokens, layer.kv_cache, torch.arange(64, 96))
+
+    raw = page_map.read(pages, torch.tensor([2]))
+    step = 0.25 if name == "fp8_e5m2" else 0.125
+    for written, elements, scale in zip(tokens, raw, scales, strict=True):
+        seen = numbers(elements, element_dtype(layer), scale)
+        expected = written.float().transpose(0, 1)
+        torch.testing.assert_close(seen, expected, rtol=step * 1.01, atol=0.002 * scale)
+
+    page_map.write(pages, torch.tensor([5]), *raw)
+    assert torch.equal(pages[5], pages[2])

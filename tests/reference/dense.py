@@ -135,9 +135,21 @@ class Result(NamedTuple):
 
 
 class DenseLlama:
-    """The weights of a Hugging Face Llama checkpoint and the parts of its forward pass."""
+    """The weights of a Hugging Face Llama checkpoint and the parts of its forward pass.
 
-    def __init__(self, path: Path | str, dtype: torch.dtype = torch.float32) -> None:
+    Args:
+        path: Folder of the checkpoint.
+        dtype: Of weights and activations.
+        cache_dtype: What every K (after RoPE) and V is rounded to before anyone reads it.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.cache_dtype = cache_dtype
         config = json.loads((Path(path) / "config.json").read_text())
         self.num_layers = config["num_hidden_layers"]
         self.num_heads = config["num_attention_heads"]
@@ -170,7 +182,16 @@ class DenseLlama:
             )
             for name in "qkv"
         )
-        return self._rotate(q, start), self._rotate(k, start), v
+        return self._rotate(q, start), self._cached(self._rotate(k, start)), self._cached(v)
+
+    def _cached(self, x: Tensor) -> Tensor:
+        if self.cache_dtype is None:
+            return x
+        near = x.to(self.cache_dtype)
+        # vLLM's CPU op rounds towards zero: one step back where rounding to nearest went outwards.
+        outwards = near.to(x.dtype).abs() > x.abs()
+        stored = near.view(torch.uint8) - outwards.to(torch.uint8)
+        return stored.view(self.cache_dtype).to(x.dtype)
 
     def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """Returns the layer's output from its input and attention [num_tokens, heads, head_dim]."""

@@ -1,5 +1,7 @@
 """`vllm-kvpress explain`: what a policy keeps and frees on a model; figures from the plan."""
 
+from dataclasses import replace
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -7,9 +9,9 @@ from rich.table import Table
 from vllm_kvpress.cli.model_shape import ModelShape, read_model_shape
 from vllm_kvpress.cli.vllm_words import parse_vllm_words
 from vllm_kvpress.config import Policy, load_policy
-from vllm_kvpress.conflict_table import ALLOWED, refused_options
+from vllm_kvpress.conflict_table import ALLOWED, FP8_DTYPES, refused_options
 from vllm_kvpress.errors import ConfigError, ConflictError, shown
-from vllm_kvpress.layout import CacheShape, positions_per_block, queries_per_block
+from vllm_kvpress.layout import DTYPE_BYTES, CacheShape, positions_per_block, queries_per_block
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.policies import Scorer, resolve
 
@@ -46,12 +48,13 @@ def explain(
         options["block-size"] = str(block_size)  # refused alike, wherever it was given
     block_size = block_size or _size_option(options, "block-size") or _BLOCK_SIZE
     limit = max_model_len or _size_option(options, "max-model-len") or model_shape.max_tokens
-    cache = CacheShape(
+    full_cache = CacheShape(
         block_size=block_size,
         num_kv_heads=model_shape.num_kv_heads,
         head_size=model_shape.head_size,
         dtype=model_shape.dtype,
     )
+    cache = replace(full_cache, dtype=_cache_dtype(policy, model_shape, options))
     plan = _plan(policy, scorer, model_shape, cache)
     num_prompt, num_output = _lengths(limit, prompt_tokens, output_tokens)
 
@@ -62,15 +65,21 @@ def explain(
         f"[bold]{policy.name}[/] on {escape(model_shape.label)}: {_describe(model_shape)}\n",
         soft_wrap=True,
     )
-    console.print(_kept_table(policy, scorer, plan))
+    console.print(_kept_table(policy, scorer, plan, cache))
     console.print(
         f"\n[bold]One request of {num_prompt} prompt and {num_output} generated tokens, "
         f"block size {plan.block_size}[/]",
         soft_wrap=True,
     )
-    console.print(_blocks_table(plan, cache, model_shape, num_prompt, num_output))
+    console.print(_blocks_table(plan, (full_cache, cache), model_shape, num_prompt, num_output))
     console.print(_advice(plan, num_prompt, num_output) + "\n", soft_wrap=True)
     _report_conflicts(console, options)
+
+
+def _cache_dtype(policy: Policy, model_shape: ModelShape, options: dict[str, str]) -> str:
+    if policy.quantize is not None or options.get("kv-cache-dtype") in FP8_DTYPES:
+        return "fp8"
+    return model_shape.dtype
 
 
 def _plan(
@@ -81,7 +90,10 @@ def _plan(
         scorer,
         block_size=cache.block_size,
         queries_per_block=queries_per_block(
-            cache.page_elements, model_shape.num_heads, cache.head_size
+            cache.page_bytes,
+            model_shape.num_heads,
+            cache.head_size,
+            DTYPE_BYTES[model_shape.dtype],
         ),
         positions_per_block=positions_per_block(cache.page_bytes, cache.num_kv_heads),
     )
@@ -122,8 +134,9 @@ def _describe(shape: ModelShape) -> str:
     return text
 
 
-def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan) -> Table:
+def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: CacheShape) -> Table:
     table = Table("What is kept", "", box=None, header_style="bold", pad_edge=False)
+    table.add_row("precision", f"{cache.dtype}, the whole cache")
     table.add_row(
         "always", f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens"
     )
@@ -143,7 +156,7 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan) -> Table:
         events.append(f"every {plan.every_decode_tokens} generated tokens")
     table.add_row("when", " and ".join(events))
     table.add_row(
-        "where", "in a store of the request's own, per layer and KV head, in the model's dtype"
+        "where", "in a store of the request's own, per layer and KV head, moved as they are"
     )
     return table
 
@@ -159,7 +172,7 @@ def _budget_text(plan: RetentionPlan) -> str:
 
 def _blocks_table(
     plan: RetentionPlan,
-    cache: CacheShape,
+    caches: tuple[CacheShape, CacheShape],
     shape: ModelShape,
     num_prompt: int,
     num_output: int,
@@ -168,17 +181,19 @@ def _blocks_table(
     full = -(-total // plan.block_size)
     peak = plan.peak_blocks(num_prompt, num_output)
     steady = plan.steady_blocks(num_prompt, num_output)
-    pool = _POOL_REQUESTS * full
-    running = plan.requests_at_once(pool, num_prompt, num_output)
-    block_bytes = cache.page_bytes * shape.num_full_layers
+    token_bytes = [cache.bytes_per_token * shape.num_full_layers for cache in caches]
+    block_bytes = [num_bytes * plan.block_size for num_bytes in token_bytes]
+    pools = [_POOL_REQUESTS * full * block_bytes[0] // one for one in block_bytes]
+    running = plan.requests_at_once(pools[1], num_prompt, num_output)
     start = total - 1
     rows = (
-        ("bytes per token held", *[f"{cache.bytes_per_token * shape.num_full_layers:,}"] * 2),
+        ("bytes per token held", *(f"{num_bytes:,}" for num_bytes in token_bytes)),
         ("tokens that attention reads", total, plan.physical_tokens(num_prompt, start, total)),
         ("blocks at the prompt's end (peak)", -(-num_prompt // plan.block_size), peak),
         ("blocks while it generates", full, steady),
-        ("memory while it generates", _mib(full * block_bytes), _mib(steady * block_bytes)),
-        (f"requests at once in {pool} blocks", _POOL_REQUESTS, running),
+        ("memory while it generates", _mib(full * block_bytes[0]), _mib(steady * block_bytes[1])),
+        (f"blocks in {_mib(pools[0] * block_bytes[0])}", *pools),
+        ("requests at once there", _POOL_REQUESTS, running),
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("")

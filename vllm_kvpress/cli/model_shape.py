@@ -7,7 +7,6 @@ from typing import Any
 
 from vllm_kvpress.conflict_table import REFUSED
 from vllm_kvpress.errors import ConfigError, UnsupportedModelError, shown
-from vllm_kvpress.layout import DTYPE_BYTES
 from vllm_kvpress.testbed import MODEL_NAME, resolve_model
 
 __all__ = ["ModelShape", "read_model_shape"]
@@ -27,7 +26,7 @@ class ModelShape:
         num_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_size: channels of a head.
-        dtype: element type of the cache.
+        dtype: element type of weights and, by default, of the cache.
         max_tokens: longest sequence the model was made for.
     """
 
@@ -67,7 +66,7 @@ def read_model_shape(model: str) -> ModelShape:
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_size=head_size,
-        dtype=dtype if dtype in DTYPE_BYTES and dtype != "float32" else "bfloat16",
+        dtype=dtype if dtype in ("bfloat16", "float16") else "bfloat16",
         max_tokens=_number(config, model, "max_position_embeddings", "n_positions"),
     )
 

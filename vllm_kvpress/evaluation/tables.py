@@ -62,7 +62,7 @@ def report_text(results: Results, images: Sequence[str] = ()) -> str:
 
 _LEGEND = f"""Every policy answers the same questions. *Minus full* and *minus {FLOOR}*: the paired
 difference in percentage points, with its own standard error. *Blocks* of a request as seen in the
-engine's pool, median: at its peak, and when it was last scheduled. *Memory*: steady blocks as a
+engine's pool, median: at its peak, and when it was last scheduled. *Memory*: their bytes as a
 share of the full cache's. *Bytes a token*: cache held when last scheduled, for each token of prompt
 and answer. *At once*: requests of this size that fit into the pool of the run, by the blocks seen.
 *Prefill*: milliseconds for 1,000 prompt tokens, in steps that computed any. *Decode step*: in steps
@@ -86,9 +86,13 @@ def not_better_than_floor(records: Sequence[Record]) -> list[Record]:
 
 
 def memory_share(records: Sequence[Record], record: Record) -> float | None:
-    """Return the blocks a request holds as a share of the full cache's; None without the latter."""
+    """Return the bytes a request holds as a share of the full cache's; None without the latter."""
     full = _other(records, record, FULL)
-    return None if full is None else record["blocks"]["steady"] / full["blocks"]["steady"]
+    return None if full is None else _bytes_held(record) / _bytes_held(full)
+
+
+def _bytes_held(record: Record) -> float:
+    return float(record["blocks"]["steady"] * record["engine"]["block_bytes"])
 
 
 def _cell_table(cell: Sequence[Record]) -> str:

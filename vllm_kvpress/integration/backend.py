@@ -50,23 +50,26 @@ def __getattr__(name: str) -> type[AttentionBackend]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
-def backend_path(inner: type[AttentionBackend], policy: Policy, num_heads: int) -> str:
+def backend_path(
+    inner: type[AttentionBackend], policy: Policy, num_heads: int, dtype: torch.dtype
+) -> str:
     """Returns the dotted path of the policy's backend over `inner`, made if need be.
 
     Args:
         inner: The stock backend.
         policy: The policy.
         num_heads: Query heads of a layer on this rank.
+        dtype: The model's.
     """
-    text = json.dumps([policy.to_json(), num_heads], sort_keys=True)
+    text = json.dumps([policy.to_json(), num_heads, str(dtype)], sort_keys=True)
     name = f"{inner.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if name not in _MADE:
-        _MADE[name] = policy_backend(inner, policy, num_heads, name)
+        _MADE[name] = policy_backend(inner, policy, num_heads, dtype, name)
     return f"{__name__}.{name}"
 
 
 def policy_backend(
-    inner: type[AttentionBackend], policy: Policy, num_heads: int, name: str
+    inner: type[AttentionBackend], policy: Policy, num_heads: int, dtype: torch.dtype, name: str
 ) -> type[AttentionBackend]:
     """Returns a subclass of the stock backend `inner` that keeps what `policy` keeps."""
     scorer = resolve(policy)
@@ -78,7 +81,7 @@ def policy_backend(
         spec = inner.customize_spec(spec)
         if type(spec) is not FullAttentionSpec:
             return spec
-        return StagingSpec.of(spec, plan_of(policy, scorer, spec, num_heads))
+        return StagingSpec.of(spec, plan_of(policy, scorer, spec, num_heads, dtype))
 
     return type(
         name,

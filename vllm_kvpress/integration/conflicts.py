@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_kvpress.config import Policy
-from vllm_kvpress.conflict_table import REFUSED, Refusal
+from vllm_kvpress.conflict_table import FP8_DTYPES, REFUSED, Refusal
 from vllm_kvpress.errors import ConflictError, UnsupportedModelError
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.policies import resolve
@@ -57,7 +57,8 @@ def _hybrid_manager_off(config: "VllmConfig") -> str | None:
 def _kv_cache_dtype(config: "VllmConfig") -> str | None:
     cache_dtype = config.cache_config.cache_dtype
     model_dtype = str(config.model_config.dtype).removeprefix("torch.")
-    return None if cache_dtype in ("auto", model_dtype) else f"--kv-cache-dtype {cache_dtype}"
+    allowed = ("auto", model_dtype, *FP8_DTYPES)
+    return None if cache_dtype in allowed else f"--kv-cache-dtype {cache_dtype}"
 
 
 def _kv_sharing_fast_prefill(config: "VllmConfig") -> str | None:
@@ -193,6 +194,14 @@ def check_policy(policy: Policy, config: "VllmConfig") -> None:
     """
     scorer = resolve(policy)
     RetentionPlan.from_policy(policy, scorer, block_size=config.cache_config.block_size).check()
+    cache_dtype = config.cache_config.cache_dtype
+    if policy.quantize is not None and cache_dtype not in FP8_DTYPES:
+        raise ConflictError(
+            "the policy's quantize and vLLM's --kv-cache-dtype contradict each other",
+            got=f"quantize {policy.quantize.keys}, --kv-cache-dtype {cache_dtype}",
+            allowed=", ".join(FP8_DTYPES),
+            fix="Drop --kv-cache-dtype",
+        )
     ranks = config.parallel_config.tensor_parallel_size
     if scorer.scope == "layer" and ranks > 1:
         raise ConflictError(

@@ -91,7 +91,8 @@ def _over_physical_tables(original: Callable[..., str]) -> Callable[..., str]:
         if policy is None or not wanted:
             return path
         heads = config.model_config.get_num_attention_heads(config.parallel_config)
-        return backend.backend_path(resolve_obj_by_qualname(path), policy, heads)
+        dtype = config.model_config.dtype
+        return backend.backend_path(resolve_obj_by_qualname(path), policy, heads, dtype)
 
     return get_attn_backend_cls
 

@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_kvpress.errors import ScoreError
-from vllm_kvpress.integration.pages import PageMap
+from vllm_kvpress.integration.pages import PageMap, element_dtype, numbers
 from vllm_kvpress.plan import Layout, RetentionPlan
 from vllm_kvpress.policies import LayerObservation, Scorer, select_tokens
 
@@ -44,17 +44,38 @@ class PendingEvent:
 
 @dataclass(frozen=True)
 class LayerPages:
-    """One attention layer: its name, its pages [num_blocks, page_elements], its impl."""
+    """One attention layer under the policy.
+
+    Attributes:
+        name: Its name in the model.
+        pages: Its cache, [num_blocks, page_elements].
+        queries: The same bytes in the model's dtype, as the query lane reads them.
+        layer: vLLM's `Attention`.
+    """
 
     name: str
     pages: torch.Tensor
-    impl: Any
+    queries: torch.Tensor
+    layer: Any
 
     @property
     def layer_idx(self) -> int:
         """Index of the layer in the model."""
         match = re.search(r"\.(\d+)\.", self.name)
         return int(match.group(1)) if match else 0
+
+    @property
+    def impl(self) -> Any:
+        """The backend's implementation."""
+        return self.layer.impl
+
+    def numbers(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns what K and V as they lie in the cache stand for."""
+        dtype, layer = element_dtype(self.layer), self.layer
+        return (
+            numbers(keys, dtype, layer._k_scale_float),
+            numbers(values, dtype, layer._v_scale_float),
+        )
 
 
 Observer = Callable[[PendingEvent, int, torch.Tensor], None]
@@ -114,9 +135,10 @@ class EventRunner:
         ).long()
         keys, values = page_map.read(layer.pages, blocks)
         positions = self._positions(event, layer, num_tokens)
+        seen_keys, seen_values = layer.numbers(keys[:, :num_tokens], values[:, :num_tokens])
         observation = LayerObservation(
-            keys=keys[:, :num_tokens],
-            values=values[:, :num_tokens],
+            keys=seen_keys,
+            values=seen_values,
             queries=self._queries(event, layer),
             positions=positions if "positions" in self.scorer.needs else None,
             layer_idx=layer.layer_idx,
@@ -175,8 +197,12 @@ class EventRunner:
             return None
         heads, head_dim = layer.impl.num_heads, layer.impl.head_size
         blocks = event.tables["kv_queries"][: plan.query_blocks].long()
-        rows = layer.pages[blocks][:, : plan.queries_per_block * heads * head_dim]
-        return rows.reshape(-1, heads, head_dim)[: plan.query_window].transpose(0, 1)
+        rows = layer.queries[blocks][:, : plan.queries_per_block * heads * head_dim]
+        queries = rows.reshape(-1, heads, head_dim)[: plan.query_window].transpose(0, 1)
+        # With an fp8 cache vLLM may quantize queries too, before the backend sees them.
+        if getattr(layer.layer, "query_quant", None) is None:
+            return queries
+        return queries * layer.layer._q_scale_float
 
     def _positions(
         self, event: PendingEvent, layer: LayerPages, num_tokens: int

@@ -183,7 +183,11 @@ def _engine_fields(policy: Policy, engine_args: "EngineArgs") -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     block_size = BLOCK_SIZE_CPU if current_platform.is_cpu() else BLOCK_SIZE_CUDA
+    cache_dtype = engine_args.kv_cache_dtype
+    if policy.quantize is not None and cache_dtype == "auto":
+        cache_dtype = policy.quantize.keys
     return {
+        "kv_cache_dtype": cache_dtype,
         "additional_config": {**_additional(engine_args), ADDITIONAL_KEY: policy.to_json()},
         "block_size": engine_args.block_size or block_size,
     }

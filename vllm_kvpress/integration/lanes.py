@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
@@ -111,7 +112,9 @@ class PositionSpec(PrivateSpec):
         return self.plan.position_bound(num_tokens)
 
 
-def plan_of(policy: Any, scorer: Any, spec: FullAttentionSpec, num_heads: int) -> RetentionPlan:
+def plan_of(
+    policy: Any, scorer: Any, spec: FullAttentionSpec, num_heads: int, query_dtype: torch.dtype
+) -> RetentionPlan:
     """Returns the plan of `policy` for layers of this shape.
 
     Args:
@@ -119,21 +122,24 @@ def plan_of(policy: Any, scorer: Any, spec: FullAttentionSpec, num_heads: int) -
         scorer: Its scorer.
         spec: The layer's stock spec.
         num_heads: Query heads of the layer on this rank.
+        query_dtype: The model's dtype.
     """
-    elements = spec.page_size_bytes // spec.dtype.itemsize
-    if scorer.query_window and not queries_per_block(elements, num_heads, spec.head_size):
+    queries = queries_per_block(
+        spec.page_size_bytes, num_heads, spec.head_size, query_dtype.itemsize
+    )
+    if scorer.query_window and not queries:
         raise UnsupportedModelError(
             "one token's queries do not fit in a block",
             got=f"{num_heads} query heads over {spec.num_kv_heads} KV heads, --block-size "
             f"{spec.block_size}",
-            allowed="at most 2 * block size query heads for each KV head",
+            allowed="at most 2 * block size query heads for each KV head, half of it with fp8",
             fix="Use a larger --block-size, or a scorer without queries (keydiff, knorm)",
         )
     return RetentionPlan.from_policy(
         policy,
         scorer,
         block_size=spec.block_size,
-        queries_per_block=queries_per_block(elements, num_heads, spec.head_size),
+        queries_per_block=queries,
         positions_per_block=positions_per_block(spec.page_size_bytes, spec.num_kv_heads),
     )
 

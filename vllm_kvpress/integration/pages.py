@@ -5,6 +5,9 @@ Every vLLM backend stores a layer's block as one dense page of num_kv_heads * bl
 per instruction set, CUDA backends use head-major or token-major pages. The order is always a
 permutation, and the same for every block. We learn it once at start by writing a pattern through
 the backend's own cache-write op; reading and writing tokens is then a gather.
+
+With `--kv-cache-dtype fp8` the elements are bytes: events move them as they are, so a survivor is
+quantized once, when it is written; scorers see the numbers that the bytes stand for.
 """
 
 from __future__ import annotations
@@ -15,7 +18,36 @@ import torch
 
 from vllm_kvpress.errors import UnsupportedVLLMError
 
-_DIGIT = 128  # exact in bf16, fp16 and fp32
+# Integers below it are exact in bf16, fp16 and fp32; in fp8 (e4m3 and e5m2).
+_DIGIT, _FP8_DIGIT = 128, 8
+
+
+def element_dtype(layer: Any) -> torch.dtype:
+    """Returns the dtype of a layer's cache elements: vLLM keeps fp8 in a tensor of bytes.
+
+    Args:
+        layer: A vLLM `Attention` layer with a bound `kv_cache`.
+    """
+    if layer.kv_cache.dtype != torch.uint8:
+        return layer.kv_cache.dtype  # type: ignore[no-any-return]
+    if layer.kv_cache_dtype == "fp8_e5m2":
+        return torch.float8_e5m2
+    from vllm.platforms import current_platform
+
+    return current_platform.fp8_dtype()
+
+
+def numbers(elements: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """Returns what cache elements stand for: themselves, or fp8 times its scale, as float32.
+
+    Args:
+        elements: Of the cache's dtype, any shape.
+        dtype: Their `element_dtype`.
+        scale: Of fp8; not used otherwise.
+    """
+    if elements.dtype == dtype:
+        return elements
+    return elements.view(dtype).float() * scale
 
 
 def flat_pages(kv_cache: torch.Tensor) -> torch.Tensor:
@@ -66,11 +98,12 @@ class PageMap:
         self.inverse = torch.argsort(order)
 
     @classmethod
-    def learn(cls, layer: Any) -> PageMap:
+    def learn(cls, layer: Any, dtype: torch.dtype) -> PageMap:
         """Writes a pattern through `layer`'s own cache-write op and reads where it went.
 
         Args:
             layer: A vLLM `Attention` layer with a bound `kv_cache`.
+            dtype: The model's, in which the op is given K and V.
 
         Raises:
             UnsupportedVLLMError: if the op does not store each element exactly once.
@@ -88,21 +121,29 @@ class PageMap:
         # 1 on: what the op leaves out stays 0.
         ids = torch.arange(1, page_elements + 1, device=cache.device)
         found = torch.zeros(page_elements, dtype=torch.int64, device=cache.device)
+        stored = element_dtype(layer)
+        quantizes = stored != cache.dtype
+        base = _FP8_DIGIT if quantizes else _DIGIT
+        # A bit above the digit: whether the op rounds to nearest or down, the digit is stored.
+        factor = 1 + 1 / 64
+        scales = [layer._k_scale_float * factor, layer._v_scale_float * factor]
         weight = 1
         while weight <= page_elements:
-            digit = (ids // weight % _DIGIT).to(cache.dtype)
-            key, value = digit.view(2, block_size, heads, head_dim)
+            digit = (ids // weight % base).view(2, block_size, heads, head_dim)
+            if quantizes:
+                digit = torch.stack([d * scale for d, scale in zip(digit, scales, strict=True)])
+            key, value = digit.to(dtype)
             scratch.zero_()
             layer.impl.do_kv_cache_update(
                 layer, key.contiguous(), value.contiguous(), scratch, slots
             )
-            found += flat_pages(scratch)[1].to(torch.int64) * weight
-            weight *= _DIGIT
+            found += flat_pages(scratch)[1].view(stored).to(torch.int64) * weight
+            weight *= base
         if not torch.equal(found.sort().values, ids):
             raise UnsupportedVLLMError(
                 "the attention backend does not store K and V as they are",
                 got=type(layer.impl).__mro__[1].__name__,
-                allowed="CPU_ATTN, FLASH_ATTN, TRITON_ATTN, FLASHINFER with an unquantized cache",
+                allowed="CPU_ATTN, FLASH_ATTN, TRITON_ATTN, FLASHINFER; a cache of auto or fp8",
                 fix="Choose another --attention-backend",
             )
         place = torch.argsort(found).view(2, block_size, heads, head_dim)

@@ -119,13 +119,15 @@ class LaneRuntime:
         layers = [context[name] for name in self.layer_names]
         for name, layer in zip(self.layer_names, layers, strict=True):
             self._check_layer(name, layer, context)
-        page_map = PageMap.learn(layers[0]) if plan.store else None
+        dtype = self.vllm_config.model_config.dtype
+        page_map = PageMap.learn(layers[0], dtype) if plan.store else None
         pages = []
         for name, layer in zip(self.layer_names, layers, strict=True):
             layer_pages = flat_pages(layer.kv_cache)
+            queries = layer_pages.view(dtype)
             if plan.query_window:
-                layer.impl.query_pages = layer_pages
-            pages.append(LayerPages(name, layer_pages, layer.impl))
+                layer.impl.query_pages = queries
+            pages.append(LayerPages(name, layer_pages, queries, layer))
         if page_map is not None:
             self.events = EventRunner(plan, self.scorer, page_map, pages, self.vllm_config)
         self._physical = PhysicalTables(plan, self.vllm_config, layers[0].kv_cache.device)

@@ -14,7 +14,8 @@ class LayerObservation:
     Scorers must not write to the tensors: they may be views of the cache.
 
     Attributes:
-        keys: [num_kv_heads, num_tokens, head_dim], RoPE applied, in the cache's dtype.
+        keys: [num_kv_heads, num_tokens, head_dim], RoPE applied, in the model's dtype; of an fp8
+            cache, float32 after rounding to fp8.
         values: same shape and dtype.
         queries: [num_query_heads, window, head_dim], RoPE applied: the last `window` tokens,
             ending at the last observed token; fewer rows if fewer tokens were observed. Query
