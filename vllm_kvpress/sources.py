@@ -252,7 +252,7 @@ def _shipped() -> list[Traversable]:
         folder = Path(__file__).resolve().parent.parent / "configs"
     return sorted(
         (path for path in folder.iterdir() if path.name.endswith(".yaml")),
-        key=lambda path: path.name,
+        key=lambda path: path.name[:-5],
     )
 
 

@@ -15,7 +15,7 @@ from vllm_kvpress.errors import ConfigError, shown
 from vllm_kvpress.policies import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = ["keydiff", "knorm", "random", "snapkv", "streaming_llm", "value_key_norm"]
+NAMES = ["keydiff", "knorm", "random", "snapkv", "snapkv-fp8", "streaming_llm", "value_key_norm"]
 KNORM = {"scorer": {"name": "knorm"}, "budget": {"tokens": 100}}
 
 
@@ -124,7 +124,10 @@ def test_compact_form():
 
 # (source, words that its one message must hold)
 WRONG = [
-    ("snapvk", ["'snapvk' is not known", "snapkv, streaming_llm", "Did you mean 'snapkv'?"]),
+    (
+        "snapvk",
+        ["'snapvk' is not known", "snapkv, snapkv-fp8, streaming_llm", "Did you mean 'snapkv'?"],
+    ),
     ("", ["policy '' is not known"]),
     ("../configs", ["has the wrong ending", ".yaml, .yml"]),
     ("/etc/passwd", ["has the wrong ending"]),

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from engine.compare import NEAR, errors, expected_blocks
 from engine.harness import BLOCK, TAKES_GIVEN, Engine, Trace
-from vllm_kvpress.config import known_policies
+from vllm_kvpress.config import known_policies, load_policy
 from vllm_kvpress.testbed import model_path
 from vllm_kvpress.testbed.documents import TASKS, make_document
 
@@ -39,6 +39,7 @@ FEW = [("snapkv", 0.25, range(4)), ("keydiff", 0.5, range(4))]
 ALL = [
     (policy.name, keep_ratio, documents)
     for policy in known_policies()
+    if load_policy(policy.name).quantize is None  # an 8-bit cache has a test of its own
     for keep_ratio, documents in ((0.25, range(25)), (0.5, range(25, 50)))
 ]
 

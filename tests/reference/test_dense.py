@@ -58,7 +58,7 @@ def test_imports_nothing_that_it_checks():
 
 
 def test_without_eviction_equals_hugging_face_on_the_bundled_model():
-    tokens = random_prompt(200, vocab=900)
+    tokens = random_prompt(200, vocab=600)
     reference = DenseReference(DenseLlama(BUNDLED), Rule(BLOCK))
 
     ours = reference.logprobs(tokens[:150], tokens[150:]).logprobs

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def write_results(folder: Path) -> None:
     folder.mkdir()
     settings = {"model": "testbed", "limit": 4, "versions": {"vllm": "0.32.0"}}
-    engine = {"dtype": "bfloat16", "block_size": 32, "device": "a CPU"}
+    engine = {"dtype": "bfloat16", "block_size": 32, "block_bytes": 65536, "device": "a CPU"}
     made = {"settings": settings, "engine": engine, "date_utc": "2026-01-02", "command": "eval"}
     cells = [("full", 1.0, [1, 1, 1, 1], 64), ("random", 0.25, [0, 0, 1, 0], 17)]
     cells += [("snapkv", 0.25, [1, 1, 1, 1], 16), ("knorm", 0.25, [0, 0, 1, 0], 16)]
