@@ -1,6 +1,7 @@
 """Train the bundled test model from nothing, write it, and measure what it can do.
 
-The same command goes on where an interrupted one stopped: checkpoints stand in the output folder.
+The same command goes on where an interrupted one stopped: checkpoints stand in the output folder,
+and so do the accuracies measured so far.
 With --eval-only nothing is trained; the folder's last checkpoint is written and measured. The exit
 code is 1 if the model misses a bar; it is written all the same. Copy the folder `model` inside of
 the output to `vllm_kvpress/testbed/model` if it is to be shipped.
@@ -38,7 +39,7 @@ from vllm_kvpress.testbed.documents import Task
 from vllm_kvpress.testbed.language import vocabulary
 
 HEAD_TASKS: tuple[Task, ...] = ("needle", "multi_key", "multi_value", "chain")
-HEAD_DOCUMENTS, HEAD_LENGTH = 12, 1024
+HEAD_DOCUMENTS, HEAD_LENGTH = 8, 1024
 
 
 def write_and_measure(
@@ -50,7 +51,9 @@ def write_and_measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(folder, device)
     numbers = {length: min(number, arguments.limit) for length, number in NUMBERS.items()}
-    cells = measure(model, tokenizer, numbers)
+    # Named by the step: more training makes another model.
+    known = folder.parent / f"accuracy_{state['step']}.json"
+    cells = measure(model, tokenizer, numbers, known)
     wrong = missed(cells)
     if not generation_agrees(model, tokenizer):
         wrong.append("generating and teacher forcing disagree")
@@ -61,7 +64,7 @@ def write_and_measure(
     ]
     heads = observe_heads(folder, shape, items, HEAD_LENGTH)
     training = {
-        "command": command(sys.argv),
+        "command": command([word for word in sys.argv if word != "--eval-only"]),
         "steps": state["step"],
         "minutes": state["seconds"] / 60,
         "longest": Schedule(1).longest,

@@ -7,9 +7,10 @@ is generated as well, and must agree.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +123,47 @@ def _groups(items: Sequence[Item], length: int) -> Iterator[Sequence[Item]]:
         yield items[start : start + size]
 
 
-def measure(model: Any, tokenizer: Any, numbers: dict[int, int] = NUMBERS) -> list[Cell]:
-    """Return the right answers of every task at every length."""
-    cells = []
-    total = len(TASKS) * sum(numbers.values())
-    with tqdm(total=total, desc="accuracy", unit="document") as bar:
-        for length, number in numbers.items():
-            for task in TASKS:
-                items = make_items(task, length, number, tokenizer)
-                right = 0
-                for group in _groups(items, length):
-                    right += sum(bool(hit.all()) for hit in hits(model, group))
-                    bar.update(len(group))
-                cells.append(Cell(task, length, number, right))
-                bar.write(f"{task} at {length}: {right} of {number}")
-    return cells
+def measure(
+    model: Any, tokenizer: Any, numbers: Mapping[int, int] = NUMBERS, known: Path | None = None
+) -> list[Cell]:
+    """Return the right answers of every task at every length.
+
+    Args:
+        model: As `load` returns it.
+        tokenizer: As `load` returns it.
+        numbers: Documents of a cell, by length.
+        known: A file of this model's cells: those it has are not measured again, others are added.
+    """
+    cells = _read_cells(known)
+    found = {(cell.task, cell.length, cell.number) for cell in cells}
+    wanted = [(task, length, number) for length, number in numbers.items() for task in TASKS]
+    missing = [cell for cell in wanted if cell not in found]
+    with tqdm(total=sum(cell[2] for cell in missing), desc="accuracy", unit="document") as bar:
+        for task, length, number in missing:
+            items = make_items(task, length, number, tokenizer)
+            right = 0
+            for group in _groups(items, length):
+                right += sum(bool(hit.all()) for hit in hits(model, group))
+                bar.update(len(group))
+            cells.append(Cell(task, length, number, right))
+            bar.write(f"{task} at {length}: {right} of {number}")
+            if known is not None:
+                write_whole(known, json.dumps([asdict(cell) for cell in cells], indent=1))
+    by_place = {(cell.task, cell.length, cell.number): cell for cell in cells}
+    return [by_place[cell] for cell in wanted]
+
+
+def _read_cells(path: Path | None) -> list[Cell]:
+    if path is None or not path.exists():
+        return []
+    return [Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file; an interruption never leaves half of one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def generation_agrees(model: Any, tokenizer: Any, number: int = 2, length: int = 1024) -> bool:

@@ -1,3 +1,4 @@
+import json
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import train_testbed  # noqa: E402
-from testbed_training.accuracy import BARS, Cell, hits, make_items, missed  # noqa: E402
+from testbed_training.accuracy import BARS, Cell, hits, make_items, measure, missed  # noqa: E402
 from testbed_training.card import write_card  # noqa: E402
 from testbed_training.data import make_batch, make_row  # noqa: E402
 from testbed_training.export import LARGEST_BYTES, folder_bytes, write_model  # noqa: E402
@@ -224,6 +225,21 @@ def test_hits_are_those_of_each_document_alone(folder, tokenizer):
         assert torch.equal(hits(model, [item])[0], found)
         assert len(found) == sum(end - start for start, end in item.answers)
     assert len(items[1].answers) == 3
+
+
+def test_an_interrupted_measurement_goes_on(folder, tokenizer, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    known = tmp_path / "accuracy.json"
+    first = measure(model, tokenizer, {200: 1}, known)
+    done = [{**cell, "right": 7} for cell in json.loads(known.read_text())]
+    known.write_text(json.dumps(done))
+
+    more = measure(model, tokenizer, {200: 1, 256: 1}, known)
+
+    assert [cell.task for cell in first] == list(TASKS)
+    assert [cell.right for cell in more if cell.length == 200] == [7] * len(TASKS)
+    assert {cell.length for cell in more} == {200, 256}
+    assert len(json.loads(known.read_text())) == len(more) == 2 * len(TASKS)
 
 
 def test_a_missed_bar_is_named():
