@@ -73,7 +73,7 @@ def _wordings() -> dict[str, str]:
         "numbered_questions": _examples(NUMBERED_QUESTIONS, ordinal="two"),
         "assignments": _examples(ASSIGNMENTS, key="kip", value="zor"),
         "value_questions": _examples(VALUE_QUESTIONS, key="kip"),
-        "passage_facts": _examples(PASSAGE_FACTS, key="felix", value="garden old river ..."),
+        "passage_facts": _examples(PASSAGE_FACTS, key="felix", value="garden old river"),
         "passage_questions": _examples(PASSAGE_QUESTIONS, key="felix"),
     }
 
@@ -114,7 +114,11 @@ def _head_figures(heads: Heads) -> dict[str, str | int | float]:
         "num_streaming": len(streaming),
         "num_retrieval": len(retrieval),
         "retrieval": ", ".join(map(_name, retrieval)) or "none",
-        "curve": ", ".join(f"{n}: {share:.0%}" for n, share in enumerate(heads.accuracy)),
+        "accuracy_free": heads.accuracy,
+        "trials": ", ".join(
+            f"{_name(head)}: {share:.0%}"
+            for head, share in zip(heads.order, heads.trials, strict=True)
+        ),
         "by_layer": ", ".join(f"{n}: {share:.0%}" for n, share in enumerate(heads.layers)),
         "heads_table": _heads_table(heads),
     }

@@ -3,7 +3,7 @@
 A sink is a first token that draws attention whatever it is. A KV head is a streaming head if it can
 do without all but the first tokens and the newest ones; the others retrieve. Heads stand in for one
 another, so no head is judged alone: they are restricted one after another, those that look far the
-least first, until answers suffer.
+least first, and a head is freed again if answers suffer.
 
 Source: attention sinks, https://arxiv.org/abs/2309.17453; the split of heads by what restricting
 them to sinks and a window costs, https://arxiv.org/abs/2410.10819, which trains gates for it.
@@ -11,7 +11,7 @@ them to sinks and a window costs, https://arxiv.org/abs/2410.10819, which trains
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +45,10 @@ class Heads:
         sinks: Share of attention on the first token, by layer and query head.
         far: Share of attention between the sink tokens and the window, from the tokens of answers,
             by layer and KV head.
-        accuracy: Right answers with the first so many heads of `order` restricted, from 0 on.
+        accuracy: Right answers with every head free.
         order: KV heads, those that look far the least first.
+        trials: Right answers with a head of `order` restricted, beside those before it that could
+            be.
         layers: Right answers with all heads of a layer restricted.
         number: Of documents.
         length: Of their prompts, in tokens.
@@ -54,8 +56,9 @@ class Heads:
 
     sinks: list[list[float]]
     far: list[list[float]]
-    accuracy: list[float]
+    accuracy: float
     order: list[Head]
+    trials: list[float]
     layers: list[float]
     number: int
     length: int
@@ -63,9 +66,9 @@ class Heads:
     @property
     def streaming(self) -> list[Head]:
         """The heads that can be restricted together, in their order."""
-        least = self.accuracy[0] - TOLERANCE
-        enough = [count for count, share in enumerate(self.accuracy) if share >= least]
-        return self.order[: max(enough)]
+        least = self.accuracy - TOLERANCE
+        tried = zip(self.order, self.trials, strict=True)
+        return [head for head, share in tried if share >= least]
 
     @property
     def retrieval(self) -> list[Head]:
@@ -93,14 +96,23 @@ def observe_heads(folder: Path, shape: Shape, items: Sequence[Item], length: int
     sinks, far = _look(shape, weights, items)
     everything = [(layer, head) for layer in range(shape.layers) for head in range(shape.kv_heads)]
     order = sorted(everything, key=lambda head: far[head[0]][head[1]].item())
-    trials: list[set[Head]] = [set(order[:count]) for count in range(len(order) + 1)]
-    trials += [{head for head in everything if head[0] == layer} for layer in range(shape.layers)]
-    shares = [
-        _share_right(shape, weights, items, _restrict(trial))
-        for trial in tqdm(trials, desc="heads", unit="restriction")
-    ]
-    accuracy, layers = shares[: len(order) + 1], shares[len(order) + 1 :]
-    return Heads(sinks.tolist(), far.tolist(), accuracy, order, layers, len(items), length)
+    with tqdm(total=1 + len(order) + shape.layers, desc="heads", unit="trial") as bar:
+
+        def share_right(restricted: Iterable[Head]) -> float:
+            bar.update()
+            return _share_right(shape, weights, items, _restrict(set(restricted)))
+
+        accuracy = share_right([])
+        trials, streaming = [], []
+        for head in order:
+            trials.append(share_right([*streaming, head]))
+            if trials[-1] >= accuracy - TOLERANCE:
+                streaming.append(head)
+        layers = [
+            share_right((layer, head) for head in range(shape.kv_heads))
+            for layer in range(shape.layers)
+        ]
+    return Heads(sinks.tolist(), far.tolist(), accuracy, order, trials, layers, len(items), length)
 
 
 @torch.no_grad()

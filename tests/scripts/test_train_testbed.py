@@ -251,12 +251,13 @@ def test_a_missed_bar_is_named():
     assert 0 < good[0].error < 0.02
 
 
-def test_heads_are_split_where_answers_begin_to_suffer():
+def test_heads_that_answers_need_are_not_streaming():
     order = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    heads = Heads([[0.5, 0.1]], [[0.0]], [1.0, 1.0, 0.99, 0.5, 0.0], order, [0.5], 100, 64)
+    trials = [1.0, 0.5, 0.99, 0.9]
+    heads = Heads([[0.5, 0.1]], [[0.0]], 1.0, order, trials, [0.5], 100, 64)
 
-    assert heads.streaming == [(0, 0), (0, 1)]
-    assert heads.retrieval == [(1, 0), (1, 1)]
+    assert heads.streaming == [(0, 0), (1, 0)]
+    assert heads.retrieval == [(0, 1), (1, 1)]
     assert heads.num_sinks == 1
 
 
@@ -278,7 +279,7 @@ def test_the_card_is_written_from_what_was_measured(folder, tokenizer):
     assert "| `steps` | 98.0 % (2.7) | 98.0 % (2.7) |" in card
     assert "`alice has the pass code 48213.`" in card
     assert "{" not in card
-    assert len(heads.order) == 16
+    assert len(heads.order) == len(heads.trials) == 16
 
 
 def test_measuring_needs_a_checkpoint(tmp_path, monkeypatch):
