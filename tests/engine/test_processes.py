@@ -41,9 +41,12 @@ def check(traces, dense, rule):
 
 
 def job(tiny, name, **fields):
+    rule = CASES[name].rule
+    # A case without an event at the prompt's end needs outputs up to its first one.
+    outputs = [number + (0 if rule.prompt_end else rule.every) for number in OUTPUTS]
     runs = {
-        "mixed": (mixed_prompts(), OUTPUTS, {"chunk": CHUNK}),
-        "forced": (mixed_prompts(4), OUTPUTS, {"chunk": CHUNK, "preempt_at": PREEMPTIONS}),
+        "mixed": (mixed_prompts(), outputs, {"chunk": CHUNK}),
+        "forced": (mixed_prompts(4), outputs, {"chunk": CHUNK, "preempt_at": PREEMPTIONS}),
     }
     return Job(str(tiny), runs, CASES[name].policy, **fields)
 
