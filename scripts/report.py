@@ -126,7 +126,7 @@ def quality_table(results: Results) -> str:
     settings, engine = records[-1]["settings"], records[-1]["engine"]
     note = (
         f"Per cent of {settings['limit']} documents answered right (± standard error), the same "
-        f"for all, greedy. Memory: blocks of a request when it was last scheduled, as a share of "
+        f"for all, greedy. Memory: bytes of a request when it was last scheduled, as a share of "
         f"the full cache's. †: not better than `{FLOOR}` at the same ratio by {SURE:g} standard "
         f"errors of the paired difference. Model `{settings['model']}`, {engine['dtype']}, block "
         f"size {engine['block_size']}, {engine['device']}, vLLM {settings['versions']['vllm']}, "
