@@ -61,8 +61,10 @@ def test_a_late_question_finds_what_the_full_cache_has_and_a_compressed_one_may_
     assert scores["full"] == 1.0
     assert scores["random"] <= 0.5
     late, now = found["full", "late_needle"]["tokens"], found["full", "needle"]["tokens"]
-    # "what is the pass code of ...? answer:" has moved from the prompt to the outputs.
-    assert now["prompt"] - late["prompt"] == late["generated"] - now["generated"] == 10
+    # The question ("what is the pass code of ...? answer:", 9 to 10 tokens) has moved from the
+    # prompt to the outputs.
+    assert now["prompt"] - late["prompt"] == late["generated"] - now["generated"]
+    assert 8 <= late["generated"] - now["generated"] <= 10
 
 
 def test_blocks_are_those_of_full_cache_and_plan(folder):
