@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
-# `configs/` sits at the top of the repository, where policies are read and edited, and installs as
-# `vllm_kvpress.configs`. A `packages.find` table cannot add a mapped package, so it is added here.
-setup(packages=[*find_packages(include=["vllm_kvpress", "vllm_kvpress.*"]), "vllm_kvpress.configs"])
+# `configs/` and `kernels/` sit at the top of the repository, where policies are read and kernels
+# tuned, and install as `vllm_kvpress.configs` and `vllm_kvpress.kernels`. A `packages.find` table
+# cannot add mapped packages, so they are added here.
+OWN = find_packages(include=["vllm_kvpress", "vllm_kvpress.*"])
+KERNELS = [f"vllm_kvpress.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
+setup(packages=[*OWN, *KERNELS, "vllm_kvpress.configs"])

@@ -1,4 +1,4 @@
-"""What a policy may say: the schema, its defaults, and the rules across its fields.
+"""What a policy may say: its parts put together, and the rules across them.
 
     name | file | inline JSON | mapping  --load_policy-->  Policy (frozen, validated)
 
@@ -9,12 +9,24 @@ needs queries) is checked by `check_policy` with the scorer's traits: call
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from vllm_kvpress.errors import ConfigError, shown
 from vllm_kvpress.overrides import expand_base, parse_compact
+from vllm_kvpress.schema import (
+    PARTS,
+    Budget,
+    Evict,
+    Heads,
+    Layers,
+    Part,
+    Quantize,
+    ScorerSpec,
+    Tokens,
+    When,
+)
 from vllm_kvpress.sources import (
     YAML_SUFFIXES,
     PolicyInfo,
@@ -32,6 +44,7 @@ __all__ = [
     "Layers",
     "Policy",
     "PolicyInfo",
+    "Quantize",
     "ScorerSpec",
     "ScorerTraits",
     "When",
@@ -40,147 +53,8 @@ __all__ = [
     "load_policy",
 ]
 
-MAX_INT = 2**31 - 1
 
-# A field's description is the "allowed" part of its error message.
-Tokens = Annotated[int, Field(ge=0, le=MAX_INT, description=f"an integer from 0 to {MAX_INT}")]
-Flag = Annotated[bool, Field(description="true or false")]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ScorerSpec(_Part):
-    """Which scorer ranks the tokens, and its own parameters beside the name."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: Annotated[str | None, Field(description="the name of a scorer")] = None
-    path: Annotated[
-        str | None,
-        Field(
-            pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
-            max_length=256,
-            description="module and class, like 'my_package.my_module:MyScorer'",
-        ),
-    ] = None
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The scorer's own parameters, a new dict."""
-        return dict(self.model_extra or {})
-
-    @property
-    def label(self) -> str:
-        """What users call this scorer: its name or its path."""
-        return self.name or self.path or ""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ScorerSpec":
-        if (self.name is None) == (self.path is None):
-            both = "neither" if self.name is None else "both"
-            raise ConfigError(
-                "evict.scorer needs a name or a path", got=both, allowed="exactly one of name, path"
-            )
-        for key, value in self.params.items():
-            is_number = type(value) in (int, float) and abs(value) <= MAX_INT
-            if not (is_number or isinstance(value, str | bool)):
-                raise ConfigError(
-                    f"evict.scorer.{key} is not a plain value",
-                    got=shown(value),
-                    allowed=f"a string, true, false, or a number of size up to {MAX_INT}",
-                )
-        return self
-
-
-class Budget(_Part):
-    """How many tokens each (layer, KV head) keeps, sinks and recent tokens included."""
-
-    name: Annotated[Literal["uniform"], Field(description="uniform")] = "uniform"
-    tokens: Annotated[
-        int | None, Field(ge=1, le=MAX_INT, description=f"an integer from 1 to {MAX_INT}")
-    ] = None
-    keep_ratio: Annotated[
-        float | None, Field(gt=0, le=1, description="a number above 0, at most 1")
-    ] = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "Budget":
-        if (self.tokens is None) == (self.keep_ratio is None):
-            both = "neither" if self.tokens is None else "both"
-            raise ConfigError(
-                "evict.budget needs a size",
-                got=both,
-                allowed="exactly one of tokens, keep_ratio (the share of the prompt that is kept)",
-            )
-        return self
-
-
-class When(_Part):
-    """At which events the losers are dropped."""
-
-    prompt_end: Flag = True
-    every_decode_tokens: Tokens = 0
-
-    @model_validator(mode="after")
-    def _check(self) -> "When":
-        if not self.prompt_end and self.every_decode_tokens == 0:
-            raise ConfigError(
-                "evict.when never evicts",
-                got="prompt_end: false, every_decode_tokens: 0",
-                allowed="prompt_end: true, or every_decode_tokens above 0",
-            )
-        return self
-
-
-class Evict(_Part):
-    """Which tokens are dropped, and when."""
-
-    scorer: Annotated[
-        ScorerSpec, Field(description="a mapping with name or path, and its parameters")
-    ]
-    budget: Annotated[Budget | None, Field(description="a mapping with tokens or keep_ratio")] = (
-        None
-    )
-    when: Annotated[When, Field(description="a mapping with prompt_end, every_decode_tokens")] = (
-        When()
-    )
-    losers: Annotated[
-        Literal["drop"],
-        Field(description="drop (merge, demote, compensate are not in this version)"),
-    ] = "drop"
-
-
-class Quantize(_Part):
-    """Precision in which K and V are kept; it is that of the whole cache."""
-
-    keys: Annotated[
-        Literal["fp8"], Field(description="fp8 (int8, int4, kivi are not in this version)")
-    ]
-    values: Annotated[
-        Literal["fp8"], Field(description="fp8 (int8, int4, kivi are not in this version)")
-    ]
-
-
-class Heads(_Part):
-    """Which KV heads the policy acts on."""
-
-    plan: Annotated[
-        Literal["all"], Field(description="all (head plans are not in this version)")
-    ] = "all"
-
-
-class Layers(_Part):
-    """Which layers the policy leaves alone."""
-
-    skip: Annotated[
-        list[int],
-        Field(max_length=0, description="[] (skipping layers is not in this version)"),
-    ] = []
-
-
-class Policy(_Part):
+class Policy(Part):
     """One KV-cache policy; equal policies act alike. Make it with `load_policy`."""
 
     name: Annotated[
@@ -192,7 +66,9 @@ class Policy(_Part):
     ] = "inline"
     sink_tokens: Tokens = 4
     recent_tokens: Tokens = 64
-    evict: Annotated[Evict, Field(description="a mapping with scorer, budget, when, losers")]
+    evict: Annotated[
+        Evict | None, Field(description="a mapping with scorer, budget, when, losers, or null")
+    ] = None
     quantize: Annotated[
         Quantize | None, Field(description="a mapping with keys and values, or null")
     ] = None
@@ -201,6 +77,8 @@ class Policy(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> "Policy":
+        if self.evict is None:
+            return self._check_without_evict()
         budget = self.evict.budget
         forced = self.sink_tokens + self.recent_tokens
         if budget is not None and budget.tokens is not None and budget.tokens < forced:
@@ -209,6 +87,22 @@ class Policy(_Part):
                 got=f"{budget.tokens} < {self.sink_tokens} + {self.recent_tokens}",
                 allowed=f"at least {forced}",
                 fix="Raise the budget or lower recent_tokens",
+            )
+        return self
+
+    def _check_without_evict(self) -> "Policy":
+        if self.quantize is None:
+            raise ConfigError(
+                "the policy keeps everything as it is",
+                allowed="a policy with evict, quantize, or both",
+                fix="Add evict or quantize",
+            )
+        if self.quantize.is_fp8:
+            raise ConfigError(
+                "the policy does nothing beside vLLM's own fp8 cache",
+                got="quantize fp8 without evict",
+                allowed="fp8 beside evict; int8, int4, kivi4, kivi2 with or without it",
+                fix="Start vLLM with --kv-cache-dtype fp8 and no policy",
             )
         return self
 
@@ -293,6 +187,9 @@ def check_policy(policy: Policy, traits: ScorerTraits) -> None:
     Raises:
         ConfigError: the first broken rule.
     """
+    _check_quantize(policy, traits)
+    if policy.evict is None:
+        return
     if traits.selects == "window":
         _check_window_policy(policy)
         return
@@ -320,7 +217,30 @@ def check_policy(policy: Policy, traits: ScorerTraits) -> None:
         )
 
 
+def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
+    quantize = policy.quantize
+    if quantize is None or quantize.is_fp8:
+        return
+    codecs = f"keys: {quantize.keys}, values: {quantize.values}"
+    if policy.evict is not None and policy.evict.when.every_decode_tokens:
+        raise ConfigError(
+            "evict.when.every_decode_tokens does not go with packed codecs",
+            got=codecs,
+            allowed="every_decode_tokens: 0, or quantize fp8",
+            fix="Set evict.when.every_decode_tokens to 0",
+        )
+    if traits.selects == "window":
+        raise ConfigError(
+            f"the scorer {shown(policy.evict.scorer.label) if policy.evict else ''} keeps a window "
+            "in place, which packed codecs do not hold",
+            got=codecs,
+            allowed="quantize fp8",
+            fix="Use fp8, or a scorer that ranks tokens",
+        )
+
+
 def _check_window_policy(policy: Policy) -> None:
+    assert policy.evict is not None
     label = shown(policy.evict.scorer.label)
     when = policy.evict.when
     if policy.recent_tokens == 0:
@@ -374,25 +294,13 @@ def _config_error(error: ValidationError) -> ConfigError:
     return ConfigError(f"{field} is not valid", got=shown(value), allowed=allowed, fix=fix)
 
 
-def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
-    model: type[BaseModel] = Policy
+def _model_at(loc: tuple[int | str, ...]) -> type[Part]:
+    model: type[Part] = Policy
     for part in loc:
-        model = _PARTS[str(part)]
+        model = PARTS[str(part)]
     return model
 
 
 def _allowed_at(loc: tuple[int | str, ...]) -> str | None:
     names = [part for part in loc if isinstance(part, str)]
     return _model_at(tuple(names[:-1])).model_fields[names[-1]].description
-
-
-# Where each part of a policy stands: by the last component of its field's name, all unlike.
-_PARTS: dict[str, type[BaseModel]] = {
-    "evict": Evict,
-    "scorer": ScorerSpec,
-    "budget": Budget,
-    "when": When,
-    "quantize": Quantize,
-    "heads": Heads,
-    "layers": Layers,
-}

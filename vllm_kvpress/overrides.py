@@ -21,7 +21,14 @@ _FIELDS = {
     "tokens": ("evict", "budget", "tokens"),
     "keep_ratio": ("evict", "budget", "keep_ratio"),
     "every_decode_tokens": ("evict", "when", "every_decode_tokens"),
+    "keys": ("quantize", "keys"),
+    "values": ("quantize", "values"),
+    "group": ("quantize", "group"),
+    "rotate": ("quantize", "rotate"),
+    "residual_tokens": ("quantize", "residual_tokens"),
+    "exact_sinks": ("quantize", "exact_sinks"),
 }
+_PARTS = ("evict", "quantize")  # what a base may lack, and its short names with it
 _EXAMPLE = "Write it like snapkv:keep_ratio=0.25,window=16"
 
 
@@ -53,8 +60,12 @@ def parse_compact(name: str, overrides: str) -> dict[str, Any]:
         ConfigError: not `key=value,...`, or a key that the shipped policy `name` does not have.
     """
     base = read_named(name)
-    scorer_params = [key for key in base["evict"]["scorer"] if key not in ("name", "path")]
-    known = [*_FIELDS, *scorer_params]
+    scorer = base.get("evict", {}).get("scorer", {})
+    scorer_params = [key for key in scorer if key not in ("name", "path")]
+    fields = {
+        key: path for key, path in _FIELDS.items() if path[0] not in _PARTS or path[0] in base
+    }
+    known = [*fields, *scorer_params]
     data: dict[str, Any] = {"base": name}
     seen: set[str] = set()
     for item in overrides.split(","):

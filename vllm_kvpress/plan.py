@@ -44,10 +44,12 @@ class Layout(NamedTuple):
         head_blocks: Whole blocks in front: of the store when the plan has one, else the
             first blocks of staging (the sinks).
         first_block: Index of the first staging block that follows them.
+        store_tokens: Tokens in packed cells, beside all of that.
     """
 
     head_blocks: int
     first_block: int
+    store_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,14 @@ class RetentionPlan:
     ) -> RetentionPlan:
         """Returns the plan of `policy` for an engine with the given block geometry."""
         evict = policy.evict
-        assert evict is not None
+        if evict is None:
+            return cls(
+                block_size=block_size,
+                sink_tokens=policy.sink_tokens,
+                recent_tokens=policy.recent_tokens,
+                budget_tokens=None,
+                keep_ratio=None,
+            )
         needs_positions = "positions" in scorer.needs and evict.when.every_decode_tokens > 0
         budget = evict.budget
         tokens = policy.sink_tokens + policy.recent_tokens if budget is None else budget.tokens
@@ -130,6 +139,11 @@ class RetentionPlan:
         )
 
     # ---- budget and events ---------------------------------------------------------------
+
+    @property
+    def unit(self) -> int:
+        """Tokens that leave staging together."""
+        return self.block_size
 
     @property
     def least_budget(self) -> int:
@@ -196,8 +210,8 @@ class RetentionPlan:
 
     def physical_tokens(self, num_prompt_tokens: int, start: int, end: int) -> int:
         """Returns the tokens that attention reads for the last query of chunk [start, end)."""
-        head_blocks, first_block = self.layout(num_prompt_tokens, start)
-        return end - (first_block - head_blocks) * self.block_size
+        layout = self.layout(num_prompt_tokens, start)
+        return end - (layout.first_block - layout.head_blocks) * self.block_size
 
     # ---- what the pool holds -------------------------------------------------------------
 
@@ -223,6 +237,11 @@ class RetentionPlan:
         if self.every_decode_tokens % self.block_size:
             return budget // self.block_size
         return max(0, budget - num_prompt_tokens % self.block_size) // self.block_size
+
+    @property
+    def store_grows(self) -> bool:
+        """Whether a request takes store blocks again after its first event."""
+        return False
 
     def store_need(self, num_prompt_tokens: int, end: int) -> int:
         """Returns the store blocks needed by a step that computes up to `end`."""
@@ -282,6 +301,10 @@ class RetentionPlan:
             return 0
         return min(self.budget(num_tokens), num_tokens) // self.block_size
 
+    def store_pages_most(self, num_tokens: int) -> int:
+        """Returns the most store blocks that any request of at most this length ever holds."""
+        return self.store_bound(num_tokens)
+
     def position_bound(self, num_tokens: int) -> int:
         """Returns an upper bound on position-lane blocks for a sequence of this length."""
         if not self.positions_per_block:
@@ -317,7 +340,7 @@ class RetentionPlan:
         every = self.every_decode_tokens or max(1, num_output_tokens)
         ends = [
             *range(num_prompt_tokens + 2, end, every),
-            *range(max(num_prompt_tokens, end - self.block_size + 1), end + 1),
+            *range(max(num_prompt_tokens, end - self.unit + 1), end + 1),
         ]
         return max(self.blocks_held(num_prompt_tokens, end) for end in ends)
 

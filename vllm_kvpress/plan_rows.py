@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import RetentionPlan
 
 IntArray = npt.NDArray[np.int64]
@@ -17,7 +18,7 @@ _NEVER = np.iinfo(np.int64).max
 
 def layouts(
     plan: RetentionPlan, num_prompt_tokens: IntArray, num_computed_tokens: IntArray
-) -> tuple[IntArray, IntArray]:
+) -> tuple[IntArray, IntArray, IntArray]:
     """Returns `RetentionPlan.layout` of each row.
 
     Args:
@@ -26,8 +27,11 @@ def layouts(
         num_computed_tokens: int64 [num_reqs], at the start of the step.
 
     Returns:
-        (head_blocks, first_block), both int64 [num_reqs].
+        (head_blocks, first_block, store_tokens), each int64 [num_reqs].
     """
+    if isinstance(plan, PackedPlan):
+        return _packed_layouts(plan, num_prompt_tokens, num_computed_tokens)
+    unpacked = np.zeros_like(num_prompt_tokens)
     budgets = _budgets(plan, num_prompt_tokens)
     over = num_computed_tokens - num_prompt_tokens
     if plan.store:
@@ -39,12 +43,36 @@ def layouts(
             happened = over >= 0
         events = np.where(happened & (events > budgets), events, 0)
         heads = np.maximum(0, budgets - events % plan.block_size) // plan.block_size
-        return np.where(events > 0, heads, 0), events // plan.block_size
+        return np.where(events > 0, heads, 0), events // plan.block_size, unpacked
     window = budgets - plan.sink_tokens
     first = np.maximum(0, num_computed_tokens - window) // plan.block_size
     sinks = plan.sink_blocks
     dropped = (over >= 0) & (first > sinks)
-    return np.where(dropped, sinks, 0), np.where(dropped, first, 0)
+    return np.where(dropped, sinks, 0), np.where(dropped, first, 0), unpacked
+
+
+def _packed_layouts(
+    plan: PackedPlan, num_prompt_tokens: IntArray, num_computed_tokens: IntArray
+) -> tuple[IntArray, IntArray, IntArray]:
+    closed_prompt = _closed_ends(plan, num_prompt_tokens)
+    closed = _closed_ends(plan, num_computed_tokens)
+    survivors = closed_prompt - plan.exact_tokens
+    if plan.evicts_tokens:
+        open_tokens = num_prompt_tokens - closed_prompt
+        room = _budgets(plan, num_prompt_tokens) - plan.exact_tokens - open_tokens
+        room = np.maximum(0, room) // plan.group_tokens * plan.group_tokens
+        survivors = np.minimum(survivors, room)
+    happened = (num_computed_tokens >= num_prompt_tokens) & (closed > plan.exact_tokens)
+    return (
+        np.where(happened, plan.exact_tokens // plan.block_size, 0),
+        np.where(happened, closed // plan.block_size, 0),
+        np.where(happened, survivors + closed - closed_prompt, 0),
+    )
+
+
+def _closed_ends(plan: PackedPlan, num_tokens: IntArray) -> IntArray:
+    behind = np.maximum(0, num_tokens - plan.residual_tokens - plan.exact_tokens)
+    return plan.exact_tokens + behind // plan.unit * plan.unit
 
 
 def may_be_due(
@@ -57,6 +85,9 @@ def may_be_due(
     if not plan.store:
         return np.empty(0, np.int64)
     crossing = (starts < num_prompt_tokens) & (ends >= num_prompt_tokens)
+    if isinstance(plan, PackedPlan):
+        closes = _closed_ends(plan, ends) > _closed_ends(plan, starts)
+        return np.flatnonzero(crossing | (closes & (starts >= num_prompt_tokens)))
     if plan.every_decode_tokens:
         every = plan.every_decode_tokens
         past = (ends - num_prompt_tokens) // every > (starts - num_prompt_tokens) // every
@@ -72,7 +103,9 @@ def steady_until(plan: RetentionPlan, num_prompt_tokens: IntArray, starts: IntAr
     its prompt: there every chunk is looked at.
     """
     over = starts - num_prompt_tokens
-    if not plan.store:
+    if isinstance(plan, PackedPlan):
+        until = _closed_ends(plan, starts) + plan.unit + plan.residual_tokens
+    elif not plan.store:
         window = _budgets(plan, num_prompt_tokens) - plan.sink_tokens
         dropped = np.maximum(0, starts - window) // plan.block_size
         until = (dropped + 1) * plan.block_size + window

@@ -54,7 +54,7 @@ def test_policies_prints_a_line_each_with_the_paper(run):
 
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert len(lines) == 7
+    assert len(lines) == 13
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert re.search(r"^snapkv +.*\[arXiv 2404\.14469, SnapKV", out, re.MULTILINE)
 

@@ -1,7 +1,13 @@
 import pytest
 
 from vllm_kvpress.errors import ConfigError
-from vllm_kvpress.layout import CacheShape, positions_per_block, queries_per_block
+from vllm_kvpress.layout import (
+    CacheShape,
+    PackedFormat,
+    SideFormat,
+    positions_per_block,
+    queries_per_block,
+)
 
 
 def test_bytes_of_a_page():
@@ -35,3 +41,38 @@ def test_private_rows_in_a_page():
     assert queries_per_block(8192, num_query_heads=8, head_size=64, element_bytes=2) == 8
     assert positions_per_block(16384, num_kv_heads=4) == 1024
     assert positions_per_block(16384, num_kv_heads=3) == 1365
+
+
+def test_bytes_of_a_cell():
+    """Two bits as KIVI groups them: 32 keys of a channel, 32 channels of a value."""
+    cells = PackedFormat(
+        num_kv_heads=8,
+        head_size=128,
+        keys=SideFormat(bits=2, group=32, per_channel=True),
+        values=SideFormat(bits=2, group=32),
+    )
+
+    assert cells.cell_tokens == 32
+    assert cells.offsets == (0, 1024, 2048, 2304, 2560, 2816, 3072)
+    assert cells.bytes_per_token == 8 * 96
+    # 65536 bytes hold 21 cells; 100 tokens are 4 cells of each of 8 heads.
+    assert cells.cells_per_page(65536) == 21
+    assert cells.pages(100, 65536) == 2
+    assert cells.pages(0, 65536) == 0
+
+
+def test_bytes_of_a_cell_with_short_groups_and_an_exact_side():
+    cells = PackedFormat(
+        num_kv_heads=1,
+        head_size=80,
+        keys=SideFormat(bits=16),
+        values=SideFormat(bits=4, group=32),
+    )
+
+    # 160 bytes of keys; 40 of codes, and three groups of 32, 32 and 16 channels.
+    assert cells.offsets == (0, 2560, 3200, 3200, 3200, 3296, 3392)
+    assert cells.bytes_per_token == 160 + 40 + 3 * 4
+    numbers = cells.numbers(32768)
+    assert (numbers["tokens"], numbers["size"], numbers["per_page"]) == (16, 3392, 9)
+    assert numbers["keys"] == (16, 0, False, 0, 3200, 3200)
+    assert numbers["values"] == (4, 32, False, 2560, 3200, 3296)

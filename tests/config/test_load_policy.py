@@ -15,7 +15,10 @@ from vllm_kvpress.errors import ConfigError, shown
 from vllm_kvpress.policies import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = ["keydiff", "knorm", "random", "snapkv", "snapkv-fp8", "streaming_llm", "value_key_norm"]
+NAMES = [
+    *("int4", "int8", "keydiff", "kivi2", "kivi4", "knorm", "random", "snapkv", "snapkv-fp8"),
+    *("snapkv-int4", "snapkv-kivi2", "streaming_llm", "value_key_norm"),
+]
 KNORM = {"scorer": {"name": "knorm"}, "budget": {"tokens": 100}}
 
 
@@ -46,7 +49,8 @@ def test_shipped_scorer_parameters_are_all_written_out():
     """The compact form `name:key=value` knows a scorer's parameters from the file."""
     for name in NAMES:
         policy = load_policy(name)
-        assert vars(resolve(policy)) == policy.evict.scorer.params
+        if policy.evict is not None:
+            assert vars(resolve(policy)) == policy.evict.scorer.params
 
 
 def test_defaults_of_a_short_file(tmp_path):
@@ -126,7 +130,7 @@ def test_compact_form():
 WRONG = [
     (
         "snapvk",
-        ["'snapvk' is not known", "snapkv, snapkv-fp8, streaming_llm", "Did you mean 'snapkv'?"],
+        ["'snapvk' is not known", "snapkv, snapkv-fp8, snapkv-int4", "Did you mean 'snapkv'?"],
     ),
     ("", ["policy '' is not known"]),
     ("../configs", ["has the wrong ending", ".yaml, .yml"]),
@@ -137,7 +141,7 @@ WRONG = [
     (3, ["wrong type", "got 3"]),
     (None, ["wrong type", "got None"]),
     ("{", ["not valid JSON"]),
-    ("{}", ["evict is missing"]),
+    ("{}", ["keeps everything", "Add evict or quantize"]),
     ('{"evict": 1, "evict": 2}', ["'evict'", "twice"]),
     ('{"sink_tokens": NaN}', ["not finite", "NaN"]),
     ("{" * 60000, ["not valid JSON"]),
@@ -201,8 +205,27 @@ WRONG = [
     ({"base": "knorm", "quantize": {"key": "fp8"}}, ["quantize.key", "Did you mean 'keys'?"]),
     (
         {"base": "knorm", "quantize": {"keys": "int4", "values": "fp8"}},
-        ["quantize.keys", "'int4'", "not in this version"],
+        ["mixes fp8", "int4", "use int8"],
     ),
+    ({"quantize": {"keys": "int3", "values": "int4"}}, ["quantize.keys", "'int3'", "kivi2"]),
+    ({"quantize": {"keys": "fp8", "values": "fp8"}}, ["nothing beside", "--kv-cache-dtype fp8"]),
+    (
+        {"base": "snapkv-fp8", "quantize": {"residual_tokens": 32}},
+        ["do not go with fp8", "residual_tokens"],
+    ),
+    (
+        {"quantize": {"keys": "kivi2", "values": "kivi2", "group": 32}},
+        ["quantize.group", "int8 and int4"],
+    ),
+    (
+        {"quantize": {"keys": "kivi2", "values": "int4", "rotate": "keys"}},
+        ["quantize.rotate", "int8 or int4"],
+    ),
+    (
+        {"quantize": {"keys": "int4", "values": "kivi4", "rotate": "both"}},
+        ["quantize.rotate", "kivi4"],
+    ),
+    ({"quantize": {"keys": "int4", "values": "int4", "group": 64}}, ["quantize.group", "64"]),
     ({"base": "knorm", "heads": {"plan": "duo"}}, ["heads.plan", "'duo'", "all"]),
     ({"base": "knorm", "heads": {"plans": "all"}}, ["heads.plans", "Did you mean 'plan'?"]),
     ({"base": "knorm", "layers": {"skip": [0]}}, ["layers.skip", "[0]", "not in this version"]),
@@ -224,7 +247,16 @@ def test_wrong_policy_gives_one_message(source, words):
 
 
 # (source, words) of rules that need the scorer.
+PACKED = {"keys": "int4", "values": "int4"}
 WRONG_TOGETHER = [
+    (
+        {"base": "streaming_llm", "quantize": PACKED},
+        ["keeps a window", "keys: int4", "allowed: quantize fp8"],
+    ),
+    (
+        {"base": "knorm", "quantize": PACKED, "evict": {"when": {"every_decode_tokens": 8}}},
+        ["evict.when.every_decode_tokens", "packed codecs", "to 0"],
+    ),
     ("snapkv:every_decode_tokens=16", ["evict.when.every_decode_tokens", "got 16", "allowed: 0"]),
     ("snapkv:window=65", ["recent_tokens is smaller", "64 < 65", "at least 65"]),
     ("snapkv:pool=4", ["evict.scorer.pool", "got 4", "odd"]),

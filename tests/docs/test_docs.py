@@ -67,7 +67,7 @@ def test_a_policy_s_row_says_its_paper_its_file_its_needs_and_when(info):
     assert re.findall(r"\d{4}\.\d{5}", info.paper) == re.findall(r"\[(\d{4}\.\d{5})\]", paper)
     assert file == f"[{info.name}.yaml](configs/{info.name}.yaml)"
     assert needs == (", ".join(sorted(scorer.needs)) or "nothing")
-    by_position, by_queries = scorer.selects == "window", "queries" in scorer.needs
+    by_position, by_queries = scorer.selects in ("window", "all"), "queries" in scorer.needs
     assert decoding == ("every block" if by_position else "no" if by_queries else "if asked")
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reference.scorers import SCORERS, Observation
 
-__all__ = ["DenseLlama", "DenseReference", "Kept", "Result", "Rule", "choose"]
+__all__ = ["DenseLlama", "DenseReference", "Kept", "Result", "Rule", "Run", "choose", "pick"]
 
 # (event, layer, KV head) -> the sorted positions below the event's open block that survive it.
 Kept = dict[tuple[int, int, int], list[int]]
@@ -67,6 +67,10 @@ class Rule:
         all_events = [prompt_len] * self.prompt_end + list(every)
         return [e for e in all_events if start < e <= end and e > self.budget_of(prompt_len)]
 
+    def run(self, model: "DenseLlama", prompt_len: int, *args: Any) -> "Run":
+        """Returns the empty cache of a request."""
+        return Run(model, self, prompt_len, *args)
+
     def window(self, prompt_len: int, start: int, num_keys: int) -> Tensor:
         """Returns which of the positions [0, num_keys) a chunk that begins at `start` may see."""
         positions = torch.arange(num_keys)
@@ -96,11 +100,32 @@ def choose(
         scores: Its scores, float32 [num_tokens].
         forced_choice: What is kept instead of the rule's own choice; flips as in `Result`.
     """
-    assert not scores.isnan().any(), "a score is NaN"
     tail = event % rule.block_size
     num_kept = max(0, rule.budget_of(prompt_len) - tail) // rule.block_size * rule.block_size
     forced = (positions < rule.sinks) | (positions >= event - rule.recent)
     candidates = positions < event - tail
+    return pick(positions, scores, forced, candidates, num_kept, forced_choice)
+
+
+def pick(
+    positions: Tensor,
+    scores: Tensor,
+    forced: Tensor,
+    candidates: Tensor,
+    num_kept: int,
+    forced_choice: Sequence[int] | None = None,
+) -> tuple[list[int], list[float]]:
+    """Returns the kept positions, and the flips against a forced choice.
+
+    Args:
+        positions: What is held, ascending.
+        scores: Its scores, float32 [num_tokens].
+        forced: What is kept whatever its score, bool [num_tokens].
+        candidates: What may be kept at all, bool [num_tokens].
+        num_kept: How many are.
+        forced_choice: What is kept instead of the own choice; flips as in `Result`.
+    """
+    assert not scores.isnan().any(), "a score is NaN"
     assert int((forced & candidates).sum()) <= num_kept <= int(candidates.sum())
     # Stable sorts, the least significant first: ties go to the lower position.
     order = torch.argsort(scores, descending=True, stable=True)
@@ -260,13 +285,13 @@ class DenseReference:
         deliveries = iter(delivered)
         kept: Kept = {}
         flips: list[float] = []
-        run: _Run | None = None
+        run: Run | None = None
         for start, end in chunks or default_chunks(len(prompt), total):
             if start == 0:
                 forced = next(starts_over) if starts_over is not None else None
                 if run is not None:
                     rows[next(deliveries, len(rows)) :] = torch.nan
-                run = _Run(self.model, self.rule, len(prompt), forced, kept, flips)
+                run = self.rule.run(self.model, len(prompt), forced, kept, flips)
             assert run is not None, "the first chunk starts at 0"
             logprobs = run.step(tokens[start:end], start)
             if rows.shape[1] == 0:
@@ -282,7 +307,7 @@ class DenseReference:
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], num_outputs: int) -> list[int]:
         """Returns the outputs of greedy decoding, end-of-sequence tokens ignored."""
-        run = _Run(self.model, self.rule, len(prompt), None, {}, [])
+        run = self.rule.run(self.model, len(prompt), None, {}, [])
         outputs = [int(run.step(prompt, 0)[-1].argmax())]
         while len(outputs) < num_outputs:
             position = len(prompt) + len(outputs) - 1
@@ -295,7 +320,7 @@ def default_chunks(prompt_len: int, total: int) -> list[tuple[int, int]]:
     return [(0, prompt_len), *((start, start + 1) for start in range(prompt_len, total))]
 
 
-class _Run:
+class Run:
     """The cache of one request, from its first token on."""
 
     def __init__(

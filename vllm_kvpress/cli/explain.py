@@ -11,9 +11,16 @@ from vllm_kvpress.cli.vllm_words import parse_vllm_words
 from vllm_kvpress.config import Policy, load_policy
 from vllm_kvpress.conflict_table import ALLOWED, FP8_DTYPES, refused_options
 from vllm_kvpress.errors import ConfigError, ConflictError, shown
-from vllm_kvpress.layout import DTYPE_BYTES, CacheShape, positions_per_block, queries_per_block
+from vllm_kvpress.layout import (
+    DTYPE_BYTES,
+    CacheShape,
+    PackedFormat,
+    positions_per_block,
+    queries_per_block,
+)
+from vllm_kvpress.packed_plan import PackedPlan, make_plan
 from vllm_kvpress.plan import RetentionPlan
-from vllm_kvpress.policies import Scorer, resolve
+from vllm_kvpress.policies import Scorer, resolve, store_format
 
 __all__ = ["explain"]
 
@@ -55,7 +62,10 @@ def explain(
         dtype=model_shape.dtype,
     )
     cache = replace(full_cache, dtype=_cache_dtype(policy, model_shape, options))
-    plan = _plan(policy, scorer, model_shape, cache)
+    cells = store_format(
+        policy.quantize, cache.num_kv_heads, cache.head_size, 8 * DTYPE_BYTES[model_shape.dtype]
+    )
+    plan = _plan(policy, scorer, model_shape, cache, cells)
     num_prompt, num_output = _lengths(limit, prompt_tokens, output_tokens)
 
     console = Console(highlight=False)
@@ -71,21 +81,28 @@ def explain(
         f"block size {plan.block_size}[/]",
         soft_wrap=True,
     )
-    console.print(_blocks_table(plan, (full_cache, cache), model_shape, num_prompt, num_output))
+    console.print(
+        _blocks_table(plan, (full_cache, cache), model_shape, num_prompt, num_output, cells)
+    )
     console.print(_advice(plan, num_prompt, num_output) + "\n", soft_wrap=True)
     _report_conflicts(console, options)
 
 
 def _cache_dtype(policy: Policy, model_shape: ModelShape, options: dict[str, str]) -> str:
-    if policy.quantize is not None or options.get("kv-cache-dtype") in FP8_DTYPES:
+    is_fp8 = policy.quantize is not None and policy.quantize.is_fp8
+    if is_fp8 or options.get("kv-cache-dtype") in FP8_DTYPES:
         return "fp8"
     return model_shape.dtype
 
 
 def _plan(
-    policy: Policy, scorer: Scorer, model_shape: ModelShape, cache: CacheShape
+    policy: Policy,
+    scorer: Scorer,
+    model_shape: ModelShape,
+    cache: CacheShape,
+    cells: PackedFormat | None,
 ) -> RetentionPlan:
-    plan = RetentionPlan.from_policy(
+    plan = make_plan(
         policy,
         scorer,
         block_size=cache.block_size,
@@ -96,6 +113,8 @@ def _plan(
             DTYPE_BYTES[model_shape.dtype],
         ),
         positions_per_block=positions_per_block(cache.page_bytes, cache.num_kv_heads),
+        cells=cells,
+        page_bytes=cache.page_bytes,
     )
     plan.check()
     return plan
@@ -136,7 +155,13 @@ def _describe(shape: ModelShape) -> str:
 
 def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: CacheShape) -> Table:
     table = Table("What is kept", "", box=None, header_style="bold", pad_edge=False)
-    table.add_row("precision", f"{cache.dtype}, the whole cache")
+    if isinstance(plan, PackedPlan):
+        _add_precision(table, policy, plan, cache)
+    else:
+        table.add_row("precision", f"{cache.dtype}, the whole cache")
+    if policy.evict is None:
+        table.add_row("how many", "every token")
+        return table
     table.add_row(
         "always", f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens"
     )
@@ -155,10 +180,21 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
     if plan.every_decode_tokens:
         events.append(f"every {plan.every_decode_tokens} generated tokens")
     table.add_row("when", " and ".join(events))
-    table.add_row(
-        "where", "in a store of the request's own, per layer and KV head, moved as they are"
-    )
+    moved = "quantized once" if isinstance(plan, PackedPlan) else "moved as they are"
+    table.add_row("where", f"in a store of the request's own, per layer and KV head, {moved}")
     return table
+
+
+def _add_precision(table: Table, policy: Policy, plan: PackedPlan, cache: CacheShape) -> None:
+    quantize = policy.quantize
+    assert quantize is not None
+    table.add_row("precision", f"keys {quantize.keys}, values {quantize.values}")
+    exact = (
+        f"{cache.dtype}: the prompt until it ends, then the newest {plan.residual_tokens} tokens"
+    )
+    exact += f" and up to {plan.unit - 1} more"
+    exact += f", and the first {plan.exact_tokens}" if plan.exact_tokens else ""
+    table.add_row("exact", exact)
 
 
 def _budget_text(plan: RetentionPlan) -> str:
@@ -176,18 +212,21 @@ def _blocks_table(
     shape: ModelShape,
     num_prompt: int,
     num_output: int,
+    cells: PackedFormat | None,
 ) -> Table:
     total = num_prompt + num_output
     full = -(-total // plan.block_size)
     peak = plan.peak_blocks(num_prompt, num_output)
     steady = plan.steady_blocks(num_prompt, num_output)
-    token_bytes = [cache.bytes_per_token * shape.num_full_layers for cache in caches]
-    block_bytes = [num_bytes * plan.block_size for num_bytes in token_bytes]
+    block_bytes = [cache.page_bytes * shape.num_full_layers for cache in caches]
+    token_bytes = [num_bytes // plan.block_size for num_bytes in block_bytes]
+    packed = [] if cells is None else [round(cells.bytes_per_token * shape.num_full_layers)]
     pools = [_POOL_REQUESTS * full * block_bytes[0] // one for one in block_bytes]
     running = plan.requests_at_once(pools[1], num_prompt, num_output)
     start = total - 1
     rows = (
         ("bytes per token held", *(f"{num_bytes:,}" for num_bytes in token_bytes)),
+        *(("bytes per token packed", "-", f"{num_bytes:,}") for num_bytes in packed),
         ("tokens that attention reads", total, plan.physical_tokens(num_prompt, start, total)),
         ("blocks at the prompt's end (peak)", -(-num_prompt // plan.block_size), peak),
         ("blocks while it generates", full, steady),

@@ -125,6 +125,9 @@ def _policy_impl(inner_impl: type[Any], scorer: Scorer) -> type[Any]:
             window = getattr(attn_metadata, "kv_query_window", None)
             if window is not None:
                 window.save(query, self.query_pages)
+            packed = getattr(attn_metadata, "kv_packed", None)
+            if packed is not None:
+                return self.lane_runtime.packed.attend(layer, query, packed, *args, **kwargs)
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
             )
@@ -151,6 +154,7 @@ def _policy_builder(inner_builder: type[Any]) -> type[Any]:
             step = self.lane_runtime.begin_step(common_attn_metadata)
             metadata = super().build(common_prefix_len, step.common, fast_build)
             metadata.kv_query_window = step.query_window
+            metadata.kv_packed = step.packed
             return metadata
 
         def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:

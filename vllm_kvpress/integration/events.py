@@ -30,6 +30,7 @@ class PendingEvent:
     Attributes:
         num_prompt_tokens: The request's prompt length.
         before: What attention read until now.
+        start: Computed tokens at the start of the step that made it due.
         event: The event's position.
         staging: Staging block ids, int32 [max_blocks].
         tables: Block ids of each private lane, int32 [max_blocks].
@@ -37,6 +38,7 @@ class PendingEvent:
 
     num_prompt_tokens: int
     before: Layout
+    start: int
     event: int
     staging: torch.Tensor
     tables: dict[str, torch.Tensor]
@@ -135,18 +137,9 @@ class EventRunner:
         ).long()
         keys, values = page_map.read(layer.pages, blocks)
         positions = self._positions(event, layer, num_tokens)
-        seen_keys, seen_values = layer.numbers(keys[:, :num_tokens], values[:, :num_tokens])
-        observation = LayerObservation(
-            keys=seen_keys,
-            values=seen_values,
-            queries=self._queries(event, layer),
-            positions=positions if "positions" in self.scorer.needs else None,
-            layer_idx=layer.layer_idx,
-            first_kv_head=self._first_kv_head,
-            scale=layer.impl.scale,
+        scores = self._observe(
+            event, layer, keys[:, :num_tokens], values[:, :num_tokens], positions
         )
-        label = f"{self.label}, layer {layer.layer_idx},"
-        scores = self._scores(observation, label)
         num_store_blocks = plan.store_blocks(event.num_prompt_tokens, event.event)
         kept = select_tokens(
             scores,
@@ -154,7 +147,7 @@ class EventRunner:
             plan.sink_tokens,
             max(0, plan.recent_tokens - tail),
             num_candidates=num_tokens - tail,
-            context=label,
+            context=self._label(layer),
         )
         index = kept[:, :, None].expand(-1, -1, page_map.head_dim)
         page_map.write(
@@ -169,8 +162,31 @@ class EventRunner:
         if self.observer is not None:
             self.observer(event, layer.layer_idx, kept)
 
+    def _label(self, layer: LayerPages) -> str:
+        return f"{self.label}, layer {layer.layer_idx},"
+
+    def _observe(
+        self,
+        event: PendingEvent,
+        layer: LayerPages,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns the scores of all tokens given, those of the open block included."""
+        seen_keys, seen_values = layer.numbers(keys, values)
+        observation = LayerObservation(
+            keys=seen_keys,
+            values=seen_values,
+            queries=self._queries(event, layer),
+            positions=positions if "positions" in self.scorer.needs else None,
+            layer_idx=layer.layer_idx,
+            first_kv_head=self._first_kv_head,
+            scale=layer.impl.scale,
+        )
+        return self._scores(observation, self._label(layer))
+
     def _scores(self, observation: LayerObservation, label: str) -> torch.Tensor:
-        """Returns the scores of all observed tokens, those of the open block included."""
         try:
             scores = self.scorer.score(observation)
         except Exception as error:

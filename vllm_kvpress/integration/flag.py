@@ -184,7 +184,7 @@ def _engine_fields(policy: Policy, engine_args: "EngineArgs") -> dict[str, Any]:
 
     block_size = BLOCK_SIZE_CPU if current_platform.is_cpu() else BLOCK_SIZE_CUDA
     cache_dtype = engine_args.kv_cache_dtype
-    if policy.quantize is not None and cache_dtype == "auto":
+    if policy.quantize is not None and policy.quantize.is_fp8 and cache_dtype == "auto":
         cache_dtype = policy.quantize.keys
     return {
         "kv_cache_dtype": cache_dtype,

@@ -23,8 +23,10 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_kvpress.errors import UnsupportedModelError
-from vllm_kvpress.layout import positions_per_block, queries_per_block
+from vllm_kvpress.layout import PackedFormat, positions_per_block, queries_per_block
+from vllm_kvpress.packed_plan import make_plan
 from vllm_kvpress.plan import RetentionPlan
+from vllm_kvpress.policies import store_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,8 @@ class LaneSpec(FullAttentionSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # vLLM computes slot mappings for every lane without a bound check: full width.
-        return max(super().max_num_blocks_per_req(vllm_config, max_len), self.blocks_at(max_len))
+        full = super().max_num_blocks_per_req(vllm_config, max_len)
+        return max(full, self.blocks_at(max_len), self.plan.store_pages_most(max_len))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class PrivateSpec(LaneSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec(PrivateSpec):
-    """Survivors, in the model's own format."""
+    """Survivors, in the cache's own format or in packed cells."""
 
     def blocks_at(self, num_tokens: int) -> int:
         return self.plan.store_bound(num_tokens)
@@ -135,13 +138,33 @@ def plan_of(
             allowed="at most 2 * block size query heads for each KV head, half of it with fp8",
             fix="Use a larger --block-size, or a scorer without queries (keydiff, knorm)",
         )
-    return RetentionPlan.from_policy(
+    return make_plan(
         policy,
         scorer,
         block_size=spec.block_size,
         queries_per_block=queries,
         positions_per_block=positions_per_block(spec.page_size_bytes, spec.num_kv_heads),
+        cells=cells_of(policy, spec),
+        page_bytes=spec.page_size_bytes,
     )
+
+
+def cells_of(policy: Any, spec: FullAttentionSpec) -> PackedFormat | None:
+    """Returns the cells in which layers of this shape store tokens, or None if nothing is packed.
+
+    Raises:
+        UnsupportedModelError: keys and values differ in their channels.
+    """
+    cells = store_format(
+        policy.quantize, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize * 8
+    )
+    if cells is not None and spec.head_size_v != spec.head_size:
+        raise UnsupportedModelError(
+            "packed codecs need keys and values of equal size",
+            got=f"{spec.head_size} and {spec.head_size_v} channels",
+            fix="Use a policy without quantize",
+        )
+    return cells
 
 
 def private_lanes(plan: RetentionPlan) -> dict[str, type[PrivateSpec]]:

@@ -102,7 +102,7 @@ class StagingManager(_Progressing, FullAttentionManager):
 class PrivateManager(_Progressing):
     """A private lane: nothing is shared, hashed or found by a prefix hit.
 
-    A request takes all its blocks of the lane at once, and takes no more later.
+    A request takes blocks as its plan needs more of them; it never gives back single ones.
     """
 
     def __init__(self, kv_cache_spec: PrivateSpec, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ class PrivateManager(_Progressing):
         self.spec = kv_cache_spec
 
     def need(self, num_prompt_tokens: int, end: int) -> int:
-        """Returns the blocks that a step up to position `end` takes, if none were taken before."""
+        """Returns the blocks that a step up to position `end` needs in all."""
         raise NotImplementedError
 
     def get_num_blocks_to_allocate(
@@ -125,9 +125,10 @@ class PrivateManager(_Progressing):
         if apply_admission_cap:
             # The gate asks before the prompt length is known: start-up sizing's bound.
             return max(0, self.spec.blocks_at(num_tokens) - len(held or ()))
-        if held:
+        if held and not self.plan.store_grows:
             return 0
-        return self.need(self.progress[request_id].num_prompt_tokens, num_tokens)
+        need = self.need(self.progress[request_id].num_prompt_tokens, num_tokens)
+        return max(0, need - len(held or ()))
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any
@@ -138,12 +139,10 @@ class PrivateManager(_Progressing):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        held = self.req_to_blocks[request_id]
-        if held:
-            return []
-        missing = self.need(self.progress[request_id].num_prompt_tokens, num_tokens)
+        missing = self.get_num_blocks_to_allocate(request_id, num_tokens)
         if not missing:
             return []
+        held = self.req_to_blocks[request_id]
         new_blocks = self.block_pool.get_new_blocks(missing)
         held.extend(new_blocks)
         if self._record_new_block_ids:

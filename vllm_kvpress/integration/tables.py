@@ -67,11 +67,13 @@ class BatchLayout:
         head_blocks: Whole blocks in front, int64 [num_reqs].
         gaps: Logical blocks that are left out, int64 [num_reqs].
         gap_tokens: The same in tokens, int32 [num_reqs].
+        store_tokens: Tokens in packed cells, int64 [num_reqs].
     """
 
     head_blocks: np.ndarray
     gaps: np.ndarray
     gap_tokens: np.ndarray
+    store_tokens: np.ndarray
 
     @classmethod
     def of(
@@ -85,13 +87,15 @@ class BatchLayout:
             starts: Computed tokens at the start of the step, int64 [num_real_reqs].
             num_reqs: Rows of the step, padding included.
         """
-        heads, firsts = plan_rows.layouts(plan, prompts, starts)
+        heads, firsts, packed = plan_rows.layouts(plan, prompts, starts)
         if not firsts.any():
             return None
-        head_blocks, gaps = np.zeros((2, num_reqs), np.int64)
+        head_blocks, gaps, store_tokens = np.zeros((3, num_reqs), np.int64)
         head_blocks[: len(heads)] = heads
         gaps[: len(heads)] = firsts - heads
-        return cls(head_blocks, gaps, (gaps * plan.block_size).astype(np.int32))
+        store_tokens[: len(heads)] = packed
+        gap_tokens = (gaps * plan.block_size).astype(np.int32)
+        return cls(head_blocks, gaps, gap_tokens, store_tokens)
 
 
 @dataclass(frozen=True, eq=False)

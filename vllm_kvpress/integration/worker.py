@@ -27,8 +27,10 @@ from vllm_kvpress.errors import UnsupportedVLLMError
 from vllm_kvpress.integration.compat import Rows, rows_of, skip_slot_mappings
 from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
 from vllm_kvpress.integration.lanes import PrivateSpec, plan_in
+from vllm_kvpress.integration.packed import PackedAttention, PackedEventRunner, PackedStep
 from vllm_kvpress.integration.pages import PageMap, flat_pages
 from vllm_kvpress.integration.tables import BatchLayout, PhysicalTables, QueryWindow
+from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.policies import Scorer
 
@@ -39,6 +41,7 @@ class Step:
 
     common: CommonAttentionMetadata
     query_window: QueryWindow | None
+    packed: PackedStep | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,7 @@ class LaneRuntime:
         pending: Events that are due, to be run before the next step.
         plan: The retention plan, once the caches exist.
         events: Runs events; None if the plan has no store.
+        packed: Attention over packed cells, if the plan has them.
     """
 
     def __init__(self, scorer: Scorer, vllm_config: VllmConfig) -> None:
@@ -92,6 +96,10 @@ class LaneRuntime:
         self.plan: RetentionPlan | None = None
         self._runner: weakref.ref[Any] | None = None
         self.events: EventRunner | None = None
+        self.packed: PackedAttention | None = None
+        self._pages: list[torch.Tensor] = []
+        # Whether a private lane leaves bytes that staging, read in its own dtype, takes for NaN.
+        self._foreign_bytes = False
         self._physical: PhysicalTables | None = None
         self._steady: SteadyBatch | None = None
 
@@ -128,8 +136,17 @@ class LaneRuntime:
             if plan.query_window:
                 layer.impl.query_pages = queries
             pages.append(LayerPages(name, layer_pages, queries, layer))
+        self._pages = [layer_pages.pages for layer_pages in pages]
+        quantized = self._pages[0].dtype != dtype
+        self._foreign_bytes = bool(
+            isinstance(plan, PackedPlan)
+            or plan.positions_per_block
+            or (quantized and plan.query_window)
+        )
         if page_map is not None:
-            self.events = EventRunner(plan, self.scorer, page_map, pages, self.vllm_config)
+            runner_cls = PackedEventRunner if isinstance(plan, PackedPlan) else EventRunner
+            self.events = runner_cls(plan, self.scorer, page_map, pages, self.vllm_config)
+            self.packed = getattr(self.events, "attention", None)
         self._physical = PhysicalTables(plan, self.vllm_config, layers[0].kv_cache.device)
 
     def _check_layer(self, name: str, layer: Any, context: dict[str, Any]) -> None:
@@ -167,11 +184,11 @@ class LaneRuntime:
         rows = rows_of(self._runner() if self._runner else None, common)
         if rows is None:
             return self.capture_step(common)
-        store = self.tables.get("kv_store")
+        if self._foreign_bytes:
+            self._clear_fresh_blocks(rows, common)
         steady = self._steady
         if steady is not None and steady.covers(rows, common.num_reqs):
-            physical = self._physical.replace(common, steady.layout, store)
-            return Step(physical, self._physical.no_window(common))
+            return self._step(common, steady.layout, self._physical.no_window(common))
         prompts, starts, ends = (
             column.astype(np.int64) for column in (rows.prompts, rows.starts, rows.ends)
         )
@@ -184,7 +201,39 @@ class LaneRuntime:
             window = self._physical.query_window(
                 prompts, starts, ends, rows.query_starts, self.tables["kv_queries"]
             )
-        return Step(self._physical.replace(common, layout, store), window)
+        return self._step(common, layout, window)
+
+    def _clear_fresh_blocks(self, rows: Rows, common: CommonAttentionMetadata) -> None:
+        """Zeroes the blocks that this step begins and leaves partly empty.
+
+        Kernels multiply what lies behind the last token by a weight of zero, and the bytes that
+        another lane left there may read as NaN. It runs behind the events: one of a request that
+        is gone may have written into a block that has a new owner.
+        """
+        assert self.plan is not None
+        size = self.plan.block_size
+        last = (rows.ends - 1) // size
+        fresh = np.flatnonzero((rows.ends % size != 0) & (rows.starts <= last * size))
+        if len(fresh):
+            blocks = common.block_table_tensor[fresh.tolist(), last[fresh].tolist()].long()
+            for pages in self._pages:
+                pages[blocks] = 0
+
+    def _step(
+        self,
+        common: CommonAttentionMetadata,
+        layout: BatchLayout | None,
+        window: QueryWindow | None,
+    ) -> Step:
+        assert self._physical is not None
+        store = self.tables.get("kv_store")
+        if self.packed is None:
+            return Step(self._physical.replace(common, layout, store), window)
+        # The head of a physical table are the exact sinks, which staging holds.
+        physical = self._physical.replace(common, layout, None)
+        assert store is not None
+        packed = None if layout is None else PackedStep(physical, store, layout.store_tokens)
+        return Step(physical, window, packed)
 
     def capture_step(self, common: CommonAttentionMetadata) -> Step:
         """Returns the metadata of a dummy step, in the buffers that real steps use."""
@@ -209,6 +258,7 @@ class LaneRuntime:
                     PendingEvent(
                         num_prompt_tokens=prompt,
                         before=plan.layout(prompt, start),
+                        start=start,
                         event=event,
                         staging=common.block_table_tensor[row].clone(),
                         tables={lane: table[row].clone() for lane, table in self.tables.items()},

@@ -1,12 +1,20 @@
 """What a policy is made of: pure functions of tensors. Imports torch, never vLLM."""
 
 from vllm_kvpress.config import Policy, check_policy
+from vllm_kvpress.policies.codecs import store_format
 from vllm_kvpress.policies.observation import LayerObservation
 from vllm_kvpress.policies.registry import known_scorers, make_scorer
-from vllm_kvpress.policies.scorer import Scorer
+from vllm_kvpress.policies.scorer import KeepAll, Scorer
 from vllm_kvpress.policies.selection import select_tokens
 
-__all__ = ["LayerObservation", "Scorer", "known_scorers", "resolve", "select_tokens"]
+__all__ = [
+    "LayerObservation",
+    "Scorer",
+    "known_scorers",
+    "resolve",
+    "select_tokens",
+    "store_format",
+]
 
 
 def resolve(policy: Policy) -> Scorer:
@@ -15,6 +23,6 @@ def resolve(policy: Policy) -> Scorer:
     Raises:
         ConfigError: the scorer is unknown or unusable, or does not go with the policy.
     """
-    scorer = make_scorer(policy.evict.scorer)
+    scorer = KeepAll() if policy.evict is None else make_scorer(policy.evict.scorer)
     check_policy(policy, scorer)
     return scorer

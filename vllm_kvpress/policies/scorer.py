@@ -6,7 +6,7 @@ import torch
 
 from vllm_kvpress.policies.observation import LayerObservation
 
-__all__ = ["NEEDS", "Scorer"]
+__all__ = ["NEEDS", "KeepAll", "Scorer"]
 
 NEEDS = frozenset({"keys", "values", "queries", "positions"})
 """What a scorer may ask for."""
@@ -25,12 +25,13 @@ class Scorer(Protocol):
         scope: "head" if the scores of a KV head depend on that head alone, so that every rank
             scores its own heads; "layer" if they depend on all heads of the layer.
         selects: "tokens" if the tokens with the highest scores are kept; "window" if sinks and
-            recent tokens alone are, by position, and `score` is never called.
+            recent tokens alone are, by position, and `score` is never called; "all" of a policy
+            that evicts nothing.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     scope: ClassVar[Literal["head", "layer"]] = "head"
-    selects: ClassVar[Literal["tokens", "window"]] = "tokens"
+    selects: ClassVar[Literal["tokens", "window", "all"]] = "tokens"
 
     @property
     def query_window(self) -> int:
@@ -43,3 +44,14 @@ class Scorer(Protocol):
         +inf means "keep first of all", -inf "drop first of all". NaN ends the engine.
         """
         ...
+
+
+class KeepAll(Scorer):
+    """What a policy without `evict` has for a scorer: nothing is ranked, nothing is dropped."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    selects: ClassVar[Literal["tokens", "window", "all"]] = "all"
+
+    def score(self, observation: LayerObservation) -> torch.Tensor:
+        """Never called."""
+        raise AssertionError("a policy without evict ranks no tokens")

@@ -1,0 +1,250 @@
+"""Packed stores in the engine: events that encode, and attention over packed cells and staging.
+
+Until the end of its prompt a request is read by the stock kernel. From its first event on it has
+two parts: packed cells, which every query sees whole, and staging's open blocks, in which the
+queries' own tokens are the last. A step in which any request has packed cells is computed here for
+all its requests. This is the PyTorch form, for CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kvpress.errors import UnsupportedModelError
+from vllm_kvpress.integration.cells import CellStore
+from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
+from vllm_kvpress.integration.lanes import cells_of
+from vllm_kvpress.integration.pages import PageMap
+from vllm_kvpress.integration.plugin import policy_of
+from vllm_kvpress.packed_plan import PackedPlan
+from vllm_kvpress.policies import Scorer, select_tokens
+from vllm_kvpress.policies.codecs import group_channels, make_codec
+
+logger = init_logger("vllm.kvpress")
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """What attention reads in a step with packed cells.
+
+    Attributes:
+        common: Physical metadata of staging alone.
+        store_table: Store block ids, int32 [num_reqs, max_blocks].
+        store_tokens: Tokens in each request's cells, int64 [num_reqs].
+    """
+
+    common: CommonAttentionMetadata
+    store_table: torch.Tensor
+    store_tokens: np.ndarray
+
+
+class PackedAttention:
+    """Attention over packed cells and staging.
+
+    Args:
+        store: Reads the cells.
+        page_map: Where K and V lie in a page of staging.
+        layers: The layers, in the model's order.
+    """
+
+    def __init__(self, store: CellStore, page_map: PageMap, layers: list[LayerPages]) -> None:
+        self.store = store
+        self.page_map = page_map
+        self._layers = {id(pages.layer): pages for pages in layers}
+
+    def attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        step: PackedStep,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Writes the attention output of every request of the step.
+
+        Args:
+            layer: vLLM's `Attention`.
+            query: [num_tokens, num_heads, head_size].
+            step: What to read.
+            output: Like `query`, or with heads and channels as one.
+            output_scale: Not taken: no CPU backend fuses output quantization.
+            output_block_scale: Not taken either.
+        """
+        assert output_scale is None
+        assert output_block_scale is None
+        pages, common = self._layers[id(layer)], step.common
+        bounds = common.query_start_loc_cpu.tolist()
+        lengths = common.seq_lens.tolist()
+        result = output.view(output.shape[0], -1, query.shape[-1])
+        for row in range(common.num_reqs):
+            first, last = bounds[row], bounds[row + 1]
+            if first == last:
+                continue
+            keys, values = self._staged(pages, common.block_table_tensor[row], lengths[row])
+            num_packed = int(step.store_tokens[row])
+            if num_packed:
+                table = step.store_table[row].long()
+                packed = self.store.read(page_bytes(pages), table, num_packed)
+                keys, values = (
+                    torch.cat(parts, dim=1) for parts in zip(packed, (keys, values), strict=True)
+                )
+            result[first:last] = attention(query[first:last], keys, values, layer.impl)
+        return output
+
+    def _staged(
+        self, pages: LayerPages, table: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = table[: -(-length // self.page_map.block_size)].long()
+        keys, values = self.page_map.read(pages.pages, blocks)
+        return keys[:, :length].float(), values[:, :length].float()
+
+
+def attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, impl: Any
+) -> torch.Tensor:
+    """Returns the attention of one request's queries, which are its last tokens.
+
+    Args:
+        query: [num_tokens, num_heads, head_size].
+        keys: float32 [num_kv_heads, length, head_size].
+        values: Of the same shape.
+        impl: The backend's implementation: scale, soft cap and sinks.
+
+    Returns:
+        [num_tokens, num_heads, head_size] in the query's dtype.
+    """
+    num_tokens, num_heads, _ = query.shape
+    heads, length, _ = keys.shape
+    grouped = query.float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
+    logits = grouped @ keys[:, None].transpose(2, 3) * impl.scale  # [heads, group, tokens, length]
+    if impl.logits_soft_cap:
+        logits = impl.logits_soft_cap * torch.tanh(logits / impl.logits_soft_cap)
+    if num_tokens > 1:
+        hidden = torch.ones(num_tokens, length, dtype=torch.bool).triu(length - num_tokens + 1)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    if impl.sinks is not None:
+        sinks = impl.sinks.float().view(heads, -1, 1, 1).expand(-1, -1, num_tokens, 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = logits.softmax(dim=-1)[..., :length]
+    out = weights @ values[:, None]
+    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, -1).to(query.dtype)
+
+
+def page_bytes(layer: LayerPages) -> torch.Tensor:
+    """Returns a layer's pages as uint8 [num_blocks, page_bytes], aliasing them."""
+    return layer.pages.view(torch.uint8)
+
+
+class PackedEventRunner(EventRunner):
+    """Runs the events of a packed store: select at the prompt's end, encode as tokens close.
+
+    Attributes:
+        attention: Reads what the events wrote.
+        nonfinite: NaN and infinite numbers met so far, stored as 0 and the largest float16.
+    """
+
+    plan: PackedPlan
+
+    def __init__(
+        self,
+        plan: PackedPlan,
+        scorer: Scorer,
+        page_map: PageMap,
+        layers: list[LayerPages],
+        vllm_config: VllmConfig,
+    ) -> None:
+        super().__init__(plan, scorer, page_map, layers, vllm_config)
+        if layers[0].pages.device.type != "cpu":
+            raise UnsupportedModelError(
+                "packed codecs run on CPU only in this version",
+                got=str(layers[0].pages.device),
+                allowed="quantize fp8 on a GPU",
+                fix="Use a policy with quantize fp8, or without quantize",
+            )
+        self.store = _store_of(vllm_config, layers[0])
+        self.attention = PackedAttention(self.store, page_map, layers)
+        self.nonfinite = 0
+
+    def _run_layer(self, event: PendingEvent, layer: LayerPages) -> None:
+        move = self.plan.move(event.num_prompt_tokens, event.start, event.event)
+        if move.survivors:
+            self._select(event, layer, move.survivors, move.select_end)
+        if move.append_end > move.append_start:
+            keys, values = self._staged(event, layer, move.append_start, move.append_end)
+            self._write(event, layer, move.append_at, keys, values)
+
+    def _select(self, event: PendingEvent, layer: LayerPages, num_survivors: int, end: int) -> None:
+        plan, prompt = self.plan, event.num_prompt_tokens
+        keys, values = self._staged(event, layer, 0, prompt)
+        exact = plan.exact_tokens
+        if num_survivors == end - exact:
+            self._write(event, layer, 0, keys[:, exact:end], values[:, exact:end])
+            return
+        heads = self.page_map.num_kv_heads
+        positions = torch.arange(prompt).expand(heads, -1)
+        scores = self._observe(event, layer, keys, values, positions)
+        kept = exact + select_tokens(
+            scores[:, exact:],
+            num_survivors,
+            0 if plan.exact_sinks else plan.sink_tokens,
+            max(0, plan.recent_tokens - (prompt - end)),
+            num_candidates=end - exact,
+            context=self._label(layer),
+        )
+        index = kept[:, :, None].expand(-1, -1, self.page_map.head_dim)
+        self._write(event, layer, 0, keys.gather(1, index), values.gather(1, index))
+        if self.observer is not None:
+            self.observer(replace(event, event=prompt), layer.layer_idx, kept)
+
+    def _staged(
+        self, event: PendingEvent, layer: LayerPages, start: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns staging's tokens [start, end), `start` at a block's first token."""
+        block_size = self.plan.block_size
+        blocks = event.staging[start // block_size : -(-end // block_size)].long()
+        keys, values = self.page_map.read(layer.pages, blocks)
+        return keys[:, : end - start], values[:, : end - start]
+
+    def _write(
+        self,
+        event: PendingEvent,
+        layer: LayerPages,
+        start: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        table = event.tables["kv_store"].long()
+        found = self.store.write(page_bytes(layer), table, start, keys, values)
+        if found and not self.nonfinite:
+            logger.warning(
+                "KV policy: NaN or infinity in keys or values of layer %d, stored as 0 and the "
+                "largest float16; more are counted silently.",
+                layer.layer_idx,
+            )
+        self.nonfinite += found
+
+
+def _store_of(vllm_config: VllmConfig, layer: LayerPages) -> CellStore:
+    policy = policy_of(vllm_config)
+    assert policy is not None
+    assert policy.quantize is not None
+    quantize, dtype = policy.quantize, layer.pages.dtype
+    spec = layer.layer.get_kv_cache_spec(vllm_config)
+    cells = cells_of(policy, spec)
+    assert cells is not None
+    group = group_channels(quantize)
+    return CellStore(
+        cells,
+        make_codec(quantize.keys, "keys", group=group, dtype=dtype),
+        make_codec(quantize.values, "values", group=group, dtype=dtype),
+        rotate_keys=quantize.rotate != "none",
+        rotate_values=quantize.rotate == "both",
+    )

@@ -1,0 +1,262 @@
+"""The retention plan of packed stores: tokens leave staging as their block closes.
+
+Beside the words of `plan.py`:
+
+    unit      tokens that leave staging together: whole blocks, and whole channel groups
+    open      the newest tokens, which staging keeps: the residual and what no unit has filled
+    closed    floor((n - residual) / unit) units at n tokens, counted behind the exact sinks
+
+    staging   [ exact sinks | free ........... | open | new tokens -> ]
+                                                ^ first_block * block_size
+    store     [ survivors of the prompt, then every token that closed since ]
+                store_tokens, in packed cells
+
+The end of the prompt is an event: of the closed tokens a scorer picks the survivors, or all stay.
+From there on each position at which a unit closes is an event as well: its tokens are appended to
+the store as they are. A token is quantized once, when it enters the store. As everywhere, events
+inside one chunk collapse into the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm_kvpress.errors import CapacityError
+from vllm_kvpress.plan import Layout, RetentionPlan
+
+if TYPE_CHECKING:
+    from vllm_kvpress.config import Policy
+    from vllm_kvpress.layout import PackedFormat
+    from vllm_kvpress.policies.scorer import Scorer
+
+
+GROUP_TOKENS = 32  # tokens of a channel group, KIVI's default
+
+
+class Move(NamedTuple):
+    """What one event moves from staging to the store.
+
+    Attributes:
+        survivors: Store tokens that the prompt's end leaves, or None if it lies behind.
+        select_end: End of the staging tokens that are chosen from, with `survivors`.
+        append_start: First staging token that is appended as it is.
+        append_end: End of them.
+        append_at: Their first place in the store.
+    """
+
+    survivors: int | None
+    select_end: int
+    append_start: int
+    append_end: int
+    append_at: int
+
+
+@dataclass(frozen=True)
+class PackedPlan(RetentionPlan):
+    """Counts and positions of a policy whose store holds packed cells.
+
+    Attributes:
+        residual_tokens: Newest tokens that stay in staging at least.
+        exact_sinks: Whether the sinks' blocks stay in staging.
+        group_tokens: Tokens of a channel group; 1 if scales belong to single tokens.
+        cell_tokens: Tokens of a cell.
+        num_kv_heads: KV heads, each with its own cells.
+        cells_per_page: Cells in a block.
+    """
+
+    residual_tokens: int = 0
+    exact_sinks: bool = False
+    group_tokens: int = 1
+    cell_tokens: int = 16
+    num_kv_heads: int = 1
+    cells_per_page: int = 1
+
+    @property
+    def unit(self) -> int:
+        """Tokens that leave staging together."""
+        return math.lcm(self.block_size, self.group_tokens)
+
+    @property
+    def exact_tokens(self) -> int:
+        """First tokens, in whole blocks, that never leave staging."""
+        return self.sink_blocks * self.block_size if self.exact_sinks else 0
+
+    @property
+    def evicts_tokens(self) -> bool:
+        """Whether a scorer drops tokens at the end of the prompt."""
+        return self.budget_tokens is not None or self.keep_ratio is not None
+
+    def check(self) -> None:
+        """Checks that a block holds a cell, and the budget what is forced.
+
+        Raises:
+            CapacityError: if one of them does not.
+        """
+        if self.cells_per_page < 1:
+            raise CapacityError(
+                "a block is smaller than one packed cell",
+                got=f"--block-size {self.block_size} for cells of {self.cell_tokens} tokens",
+                allowed="a block that holds the cell of at least one KV head",
+                fix="Use a larger --block-size",
+            )
+        if self.evicts_tokens:
+            super().check()
+
+    # ---- budget and events ---------------------------------------------------------------
+
+    @property
+    def least_budget(self) -> int:
+        """Smallest budget in tokens that holds sinks, recent and open tokens at any length."""
+        open_tokens = self.residual_tokens + self.unit - 1
+        sinks = 0 if self.exact_sinks else self.sink_tokens
+        return (
+            self.exact_tokens + sinks + max(open_tokens, self.recent_tokens) + self.group_tokens - 1
+        )
+
+    def closed_end(self, num_tokens: int) -> int:
+        """Returns the end of the closed tokens when so many are computed."""
+        start = self.exact_tokens
+        return start + max(0, num_tokens - self.residual_tokens - start) // self.unit * self.unit
+
+    def survivors(self, num_prompt_tokens: int) -> int:
+        """Returns the store tokens that the end of the prompt leaves."""
+        closed = self.closed_end(num_prompt_tokens)
+        available = closed - self.exact_tokens
+        if not self.evicts_tokens:
+            return available
+        room = self.budget(num_prompt_tokens) - self.exact_tokens - (num_prompt_tokens - closed)
+        return min(available, max(0, room) // self.group_tokens * self.group_tokens)
+
+    def store_tokens(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Returns the tokens in the store once every event up to `num_tokens` has run."""
+        if num_tokens < num_prompt_tokens:
+            return 0
+        closed_since = self.closed_end(num_tokens) - self.closed_end(num_prompt_tokens)
+        return self.survivors(num_prompt_tokens) + closed_since
+
+    def last_event(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Returns the last position at which tokens entered the store, or 0 if none did."""
+        if num_tokens < num_prompt_tokens:
+            return 0
+        closed = self.closed_end(num_tokens)
+        if closed > self.closed_end(num_prompt_tokens):
+            return closed + self.residual_tokens
+        return num_prompt_tokens if closed > self.exact_tokens else 0
+
+    def move(self, num_prompt_tokens: int, start: int, event: int) -> Move:
+        """Returns what the event of a step moves.
+
+        Args:
+            num_prompt_tokens: Tokens of the prompt.
+            start: Computed tokens at the start of the step in which the event was due.
+            event: The event's position.
+        """
+        in_prompt = start < num_prompt_tokens
+        begin = num_prompt_tokens if in_prompt else start
+        return Move(
+            survivors=self.survivors(num_prompt_tokens) if in_prompt else None,
+            select_end=self.closed_end(num_prompt_tokens),
+            append_start=self.closed_end(begin),
+            append_end=self.closed_end(event),
+            append_at=self.store_tokens(num_prompt_tokens, begin),
+        )
+
+    # ---- what attention reads ------------------------------------------------------------
+
+    def layout(self, num_prompt_tokens: int, num_computed_tokens: int) -> Layout:
+        """Returns what attention reads in a step that starts at `num_computed_tokens`."""
+        if not self.last_event(num_prompt_tokens, num_computed_tokens):
+            return Layout(0, 0)
+        head = self.exact_tokens // self.block_size
+        return Layout(
+            head_blocks=head,
+            first_block=self.closed_end(num_computed_tokens) // self.block_size,
+            store_tokens=self.store_tokens(num_prompt_tokens, num_computed_tokens),
+        )
+
+    def physical_tokens(self, num_prompt_tokens: int, start: int, end: int) -> int:
+        """Returns the tokens that attention reads for the last query of chunk [start, end)."""
+        layout = self.layout(num_prompt_tokens, start)
+        return super().physical_tokens(num_prompt_tokens, start, end) + layout.store_tokens
+
+    # ---- what the pool holds -------------------------------------------------------------
+
+    def pages(self, num_tokens: int) -> int:
+        """Returns the blocks that hold so many packed tokens of a request."""
+        cells = -(-num_tokens // self.cell_tokens) * self.num_kv_heads
+        return -(-cells // self.cells_per_page)
+
+    def freed_staging(self, num_prompt_tokens: int, settled_tokens: int) -> tuple[int, int]:
+        """Returns the half-open range of staging blocks that are free."""
+        layout = self.layout(num_prompt_tokens, settled_tokens)
+        return layout.head_blocks, layout.first_block
+
+    @property
+    def store_grows(self) -> bool:
+        """Whether a request takes store blocks again: as its tokens close."""
+        return True
+
+    def store_need(self, num_prompt_tokens: int, end: int) -> int:
+        """Returns the store blocks needed by a step that computes up to `end`."""
+        return self.pages(self.store_tokens(num_prompt_tokens, end))
+
+    def query_need(self, num_prompt_tokens: int, end: int) -> int:
+        """Returns the query-lane blocks needed by a step that computes up to `end`."""
+        return super().query_need(num_prompt_tokens, end) if self.evicts_tokens else 0
+
+    def store_bound(self, num_tokens: int) -> int:
+        """Returns the store blocks at the end of a prompt of this length.
+
+        The pool is fullest then, as staging still holds all of it; a shorter prompt with more
+        output has given back more of staging than its store takes.
+        """
+        return self.pages(self.survivors(num_tokens))
+
+    def store_pages_most(self, num_tokens: int) -> int:
+        """Returns the most store blocks that any request of at most this length ever holds."""
+        return self.pages(num_tokens)
+
+
+def make_plan(
+    policy: Policy,
+    scorer: Scorer,
+    *,
+    block_size: int,
+    queries_per_block: int = 1,
+    positions_per_block: int = 1,
+    cells: PackedFormat | None = None,
+    page_bytes: int = 0,
+) -> RetentionPlan:
+    """Returns the plan of `policy` for an engine with the given geometry.
+
+    Args:
+        policy: The policy.
+        scorer: Its scorer.
+        block_size: Tokens in a block.
+        queries_per_block: Query rows that fit in one block of the query lane.
+        positions_per_block: Kept positions that fit in one block of the position lane.
+        cells: The store's cells if the policy packs; without them the counts of blocks are
+            not to be relied on.
+        page_bytes: Bytes of one block of one layer.
+    """
+    plan = RetentionPlan.from_policy(
+        policy,
+        scorer,
+        block_size=block_size,
+        queries_per_block=queries_per_block,
+        positions_per_block=positions_per_block,
+    )
+    quantize = policy.quantize
+    if quantize is None or quantize.is_fp8:
+        return plan
+    return PackedPlan(
+        **{field.name: getattr(plan, field.name) for field in fields(RetentionPlan)},
+        residual_tokens=quantize.residual,
+        exact_sinks=quantize.exact_sinks,
+        group_tokens=GROUP_TOKENS if quantize.has_channel_groups else 1,
+        cell_tokens=cells.cell_tokens if cells else block_size,
+        num_kv_heads=cells.num_kv_heads if cells else 1,
+        cells_per_page=cells.cells_per_page(page_bytes) if cells else 1,
+    )

@@ -1,0 +1,251 @@
+"""The parts of a policy: fields, their defaults, and the rules inside each part.
+
+A field's description is the "allowed" part of its error message. `config.Policy` puts the parts
+together and checks the rules across them.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_kvpress.errors import ConfigError, shown
+
+__all__ = [
+    "PARTS",
+    "Budget",
+    "Evict",
+    "Flag",
+    "Heads",
+    "Layers",
+    "Part",
+    "Quantize",
+    "ScorerSpec",
+    "Tokens",
+    "When",
+]
+
+MAX_INT = 2**31 - 1
+
+Tokens = Annotated[int, Field(ge=0, le=MAX_INT, description=f"an integer from 0 to {MAX_INT}")]
+Flag = Annotated[bool, Field(description="true or false")]
+
+
+class Part(BaseModel):
+    """Frozen, strict, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ScorerSpec(Part):
+    """Which scorer ranks the tokens, and its own parameters beside the name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str | None, Field(description="the name of a scorer")] = None
+    path: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+            max_length=256,
+            description="module and class, like 'my_package.my_module:MyScorer'",
+        ),
+    ] = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The scorer's own parameters, a new dict."""
+        return dict(self.model_extra or {})
+
+    @property
+    def label(self) -> str:
+        """What users call this scorer: its name or its path."""
+        return self.name or self.path or ""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScorerSpec":
+        if (self.name is None) == (self.path is None):
+            both = "neither" if self.name is None else "both"
+            raise ConfigError(
+                "evict.scorer needs a name or a path", got=both, allowed="exactly one of name, path"
+            )
+        for key, value in self.params.items():
+            is_number = type(value) in (int, float) and abs(value) <= MAX_INT
+            if not (is_number or isinstance(value, str | bool)):
+                raise ConfigError(
+                    f"evict.scorer.{key} is not a plain value",
+                    got=shown(value),
+                    allowed=f"a string, true, false, or a number of size up to {MAX_INT}",
+                )
+        return self
+
+
+class Budget(Part):
+    """How many tokens each (layer, KV head) keeps, sinks and recent tokens included."""
+
+    name: Annotated[Literal["uniform"], Field(description="uniform")] = "uniform"
+    tokens: Annotated[
+        int | None, Field(ge=1, le=MAX_INT, description=f"an integer from 1 to {MAX_INT}")
+    ] = None
+    keep_ratio: Annotated[
+        float | None, Field(gt=0, le=1, description="a number above 0, at most 1")
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Budget":
+        if (self.tokens is None) == (self.keep_ratio is None):
+            both = "neither" if self.tokens is None else "both"
+            raise ConfigError(
+                "evict.budget needs a size",
+                got=both,
+                allowed="exactly one of tokens, keep_ratio (the share of the prompt that is kept)",
+            )
+        return self
+
+
+class When(Part):
+    """At which events the losers are dropped."""
+
+    prompt_end: Flag = True
+    every_decode_tokens: Tokens = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "When":
+        if not self.prompt_end and self.every_decode_tokens == 0:
+            raise ConfigError(
+                "evict.when never evicts",
+                got="prompt_end: false, every_decode_tokens: 0",
+                allowed="prompt_end: true, or every_decode_tokens above 0",
+            )
+        return self
+
+
+class Evict(Part):
+    """Which tokens are dropped, and when."""
+
+    scorer: Annotated[
+        ScorerSpec, Field(description="a mapping with name or path, and its parameters")
+    ]
+    budget: Annotated[Budget | None, Field(description="a mapping with tokens or keep_ratio")] = (
+        None
+    )
+    when: Annotated[When, Field(description="a mapping with prompt_end, every_decode_tokens")] = (
+        When()
+    )
+    losers: Annotated[
+        Literal["drop"],
+        Field(description="drop (merge, demote, compensate are not in this version)"),
+    ] = "drop"
+
+
+CodecName = Annotated[
+    Literal["fp8", "int8", "int4", "kivi4", "kivi2", "none"],
+    Field(description="fp8, int8, int4, kivi4, kivi2, none (the model's own numbers)"),
+]
+PER_TOKEN = ("int8", "int4")
+PER_CHANNEL = ("kivi4", "kivi2")
+
+
+class Quantize(Part):
+    """Precision in which keys and values are kept.
+
+    `fp8` is the engine's own cache dtype. The others are packed by us: `int8` and `int4` with a
+    scale for each token and KV head, `kivi4` and `kivi2` with a scale for each channel of 32 keys
+    and for each token of 32 channels of values.
+    """
+
+    keys: CodecName
+    values: CodecName
+    group: Annotated[
+        Literal["head", 32],
+        Field(description="head (one scale for a token's whole head) or 32 (channels a scale)"),
+    ] = "head"
+    rotate: Annotated[
+        Literal["none", "keys", "both"],
+        Field(description="none, keys, both: what a Hadamard rotation is applied to"),
+    ] = "none"
+    residual_tokens: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_INT, description=f"an integer from 0 to {MAX_INT}"),
+    ] = None
+    exact_sinks: Flag = False
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether this is the engine's own fp8 cache."""
+        return self.keys == "fp8"
+
+    @property
+    def has_channel_groups(self) -> bool:
+        """Whether keys are grouped along the tokens, so that they wait for their group."""
+        return self.keys in PER_CHANNEL
+
+    @property
+    def residual(self) -> int:
+        """Newest tokens that stay exact; 128 for keys per channel unless the policy says so."""
+        if self.residual_tokens is not None:
+            return self.residual_tokens
+        return 128 if self.has_channel_groups else 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "Quantize":
+        both = f"keys: {self.keys}, values: {self.values}"
+        if (self.keys == "fp8") != (self.values == "fp8"):
+            raise ConfigError(
+                "quantize mixes fp8 with a packed codec", got=both,
+                allowed="fp8 for both, or int8, int4, kivi4, kivi2, none for each",
+                fix="fp8 is the dtype of vLLM's whole cache: use int8 for the other side",
+            )  # fmt: skip
+        given = {
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in ("keys", "values") and getattr(self, name) != field.default
+        }
+        if self.is_fp8 and given:
+            raise ConfigError(
+                "quantize has options that do not go with fp8",
+                got=", ".join(sorted(given)),
+                allowed="keys, values",
+                fix="Remove them: fp8 is the engine's own cache, without groups or a residual",
+            )
+        if self.group != "head" and not {self.keys, self.values} & set(PER_TOKEN):
+            raise ConfigError(
+                "quantize.group is for int8 and int4", got=both, fix="Remove quantize.group"
+            )
+        rotated = {"none": [], "keys": [self.keys], "both": [self.keys, self.values]}[self.rotate]
+        if not set(rotated) <= set(PER_TOKEN):
+            raise ConfigError(
+                f"quantize.rotate: {self.rotate} rotates what has no scale per token",
+                got=both,
+                allowed="int8 or int4 for all that is rotated",
+                fix="Remove quantize.rotate: channel groups and exact numbers gain nothing by it",
+            )
+        return self
+
+
+class Heads(Part):
+    """Which KV heads the policy acts on."""
+
+    plan: Annotated[
+        Literal["all"], Field(description="all (head plans are not in this version)")
+    ] = "all"
+
+
+class Layers(Part):
+    """Which layers the policy leaves alone."""
+
+    skip: Annotated[
+        list[int],
+        Field(max_length=0, description="[] (skipping layers is not in this version)"),
+    ] = []
+
+
+# Where each part of a policy stands: by the last component of its field's name, all unlike.
+PARTS: dict[str, type[Part]] = {
+    "evict": Evict,
+    "scorer": ScorerSpec,
+    "budget": Budget,
+    "when": When,
+    "quantize": Quantize,
+    "heads": Heads,
+    "layers": Layers,
+}
