@@ -126,6 +126,20 @@ def test_explain_counts_bytes_where_an_8_bit_cache_has_twice_the_blocks(run, mod
     )
 
 
+def test_explain_counts_the_cells_of_packed_stores(run, model):
+    words = ("--model", model(), "--prompt-tokens", "8000", "--output-tokens", "500")
+    _, out, _ = run("explain", "kivi2", *words)
+
+    assert figures(out, "bytes per token held") == [131072, 131072]
+    # 96 bytes a head of 128 channels, in place of 512.
+    assert re.search(r"^bytes per token packed +- +24,576$", out, re.MULTILINE)
+    # 8352 of 8500 tokens are closed: 261 cells of each head, 21 to a block; ten blocks are open.
+    assert figures(out, "blocks while it generates") == [532, -(-261 * 8 // 21) + 10]
+    assert "nothing of it is evicted" not in out
+    assert "keys kivi2, values kivi2" in out
+    assert "the newest 128 tokens and up to 31 more" in out
+
+
 @pytest.mark.parametrize("policy", ["streaming_llm", "random", "knorm", "keydiff", "snapkv"])
 def test_explain_works_for_every_policy_on_the_bundled_model(run, policy):
     code, out, err = run("explain", policy, "--model", "testbed")

@@ -245,9 +245,10 @@ def _blocks_table(
 
 
 def _advice(plan: RetentionPlan, num_prompt: int, num_output: int) -> str:
-    if plan.physical_tokens(num_prompt, num_prompt + num_output - 1, num_prompt + num_output) == (
-        num_prompt + num_output
-    ):
+    keeps_all = isinstance(plan, PackedPlan) and not plan.evicts_tokens
+    if not keeps_all and plan.physical_tokens(
+        num_prompt, num_prompt + num_output - 1, num_prompt + num_output
+    ) == (num_prompt + num_output):
         return "Such a request is within the budget: nothing of it is evicted."
     return (
         "The prompt is prefilled exactly, so its peak needs the whole prompt: a policy multiplies "

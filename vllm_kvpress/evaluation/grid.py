@@ -39,7 +39,7 @@ class Variant:
 
     Attributes:
         policy: The policy as the user wrote it; `full` for stock vLLM.
-        keep_ratio: Share of the prompt that is kept; 1 for the full cache.
+        keep_ratio: Share of the prompt that is kept; 1 for what evicts nothing.
         source: What `LLM(kv_policy=...)` takes; None for the full cache.
     """
 
@@ -106,11 +106,15 @@ def parse_policies(text: str) -> list[str]:
 
 
 def make_variants(policies: Sequence[str], keep_ratios: Sequence[float]) -> list[Variant]:
-    """Return the engines to start: every policy at every ratio, the full cache once."""
+    """Return the engines to start: every policy at every ratio; once what evicts nothing."""
     variants: list[Variant] = []
     for policy in policies:
         if policy == FULL:
             variants.append(Variant(FULL, 1.0, None))
+            continue
+        loaded = _load(policy)
+        if loaded.evict is None:
+            variants.append(Variant(policy, 1.0, loaded.to_json()))
             continue
         variants += [Variant(policy, ratio, _at_ratio(policy, ratio)) for ratio in keep_ratios]
     return variants
