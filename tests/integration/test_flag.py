@@ -232,6 +232,13 @@ def test_quantize_is_the_engines_own_cache_dtype():
         config_of(kv_policy=fp8, kv_cache_dtype="bfloat16")
 
 
+def test_packed_codecs_leave_the_cache_dtype_alone_and_refuse_fp8():
+    assert config_of(kv_policy="snapkv-int4").cache_config.cache_dtype == "auto"
+
+    with pytest.raises(ConflictError, match="quantize kivi2, --kv-cache-dtype fp8; allowed: auto"):
+        config_of(kv_policy="kivi2", kv_cache_dtype="fp8")
+
+
 def test_a_policy_sets_a_small_block_size_unless_the_user_did():
     assert config_of(kv_policy="knorm").cache_config.block_size == 32
     assert config_of(kv_policy="knorm", block_size=64).cache_config.block_size == 64
