@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from vllm_kvpress.kernels.cells import Cells
 
-__all__ = ["Config", "block_m", "config", "constants", "device_facts", "merge_step", "num_splits"]
+__all__ = ["Config", "config", "constants", "device_facts", "merge_step", "num_splits"]
 
 # A split takes at least so many tokens: below, its partial result is as large as what it reads.
 SHORTEST = 256
@@ -45,32 +45,24 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (decode or prefill, padded head size) -> (tokens of a tile, warps, stages) with a packed part,
-# then without one. Decode has 16 rows, as long as a KV head has at most 16 query heads.
+# (decode or prefill, padded head size) -> (rows, tokens of a tile, warps, stages) with a packed
+# part, then without one. A product takes 16 rows a warp, so more warps would do the same twice.
 UNTUNED = {
-    ("decode", 64): ((32, 4, 3), (64, 4, 3)),
-    ("decode", 128): ((32, 4, 3), (32, 4, 3)),
-    ("decode", 256): ((16, 4, 3), (32, 4, 3)),
-    ("prefill", 64): ((32, 4, 2), (64, 4, 3)),
-    ("prefill", 128): ((32, 8, 2), (32, 8, 2)),
-    ("prefill", 256): ((32, 8, 2), (32, 8, 2)),
+    ("decode", 64): ((16, 32, 4, 3), (16, 64, 4, 3)),
+    ("decode", 128): ((16, 32, 4, 3), (16, 32, 4, 3)),
+    ("decode", 256): ((16, 16, 4, 3), (16, 32, 4, 3)),
+    ("prefill", 64): ((128, 32, 8, 2), (128, 64, 8, 2)),
+    ("prefill", 128): ((128, 32, 8, 2), (128, 32, 8, 2)),
+    ("prefill", 256): ((64, 16, 4, 2), (64, 16, 4, 2)),
 }
 # Compute capability -> its table; newer ones than the last take the last's.
 TABLES = dict.fromkeys((80, 89, 90, 100), UNTUNED)
 
 
-def block_m(group: int, max_query_len: int, head_size: int) -> int:
-    """Returns the rows of a program: 16 if all fit, else 64 or 32, but a token's heads at least."""
-    if group * max_query_len <= 16:
-        return 16
-    heads = max(16, 1 << (group - 1).bit_length())
-    return heads if max_query_len == 1 else max(heads, 64 if head_size <= 128 else 32)
-
-
 def config(
     architecture: int, head_size: int, is_packed: bool, group: int, max_query_len: int
 ) -> Config:
-    """Returns the table's entry.
+    """Returns the table's entry, with more rows where a token has more heads than that.
 
     Args:
         architecture: Compute capability, like 90; below the first, its table.
@@ -79,11 +71,12 @@ def config(
         group: Query heads of a KV head.
         max_query_len: Queries of a request.
     """
-    rows = block_m(group, max_query_len, head_size)
     padded = max(64, 1 << (head_size - 1).bit_length())
     known = max((each for each in TABLES if each <= architecture), default=min(TABLES))
-    entry = TABLES[known]["decode" if rows == 16 else "prefill", padded]
-    return Config(rows, *entry[0 if is_packed else 1])
+    # Few queries of a few heads are decode, too; many heads of one query are not.
+    phase = "decode" if group * max_query_len <= 16 else "prefill"
+    rows, *others = TABLES[known][phase, padded][0 if is_packed else 1]
+    return Config(max(rows, 1 << (group - 1).bit_length()), *others)
 
 
 def constants(

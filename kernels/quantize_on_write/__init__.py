@@ -89,6 +89,9 @@ def _check(
             "quantize_on_write writes single tokens; got a format per channel, whose groups run "
             "along the tokens; allowed: formats per token"
         )
+    num_slots = len(pages) * (cells.per_page // cells.num_kv_heads) * cells.tokens
+    if num_slots >= 2**31:
+        raise ValueError(f"slots do not fit 32 bits; got {num_slots}; allowed: below {2**31}")
     if cells.per_page < cells.num_kv_heads:
         raise ValueError(
             f"a page does not hold a cell of every KV head; got {cells.per_page} cells; "

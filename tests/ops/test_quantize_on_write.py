@@ -223,6 +223,7 @@ def arguments(**changed):
         ({"slots": torch.arange(3).int()}, TypeError, "slots has the wrong dtype"),
         ({"slots": torch.arange(4)}, ValueError, "got 4 with stride 1; allowed: at most 3"),
         ({"pages": torch.zeros(3, 64).byte()}, ValueError, "pages do not hold 5 cells"),
+        ({"pages": torch.zeros(1, 1 << 16).byte().expand(2**27, -1)}, ValueError, "fit 32 bits"),
         ({"cells": make_cells("kivi4", "int4", 64)}, ValueError, "allowed: formats per token"),
         ({"cells": make_cells("int4", "int4", 64, cells_per_page=1)}, ValueError, "got 1 cells"),
         (
