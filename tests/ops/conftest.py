@@ -1,11 +1,5 @@
 """Kernels run in Triton's interpreter here, mended where it differs from the hardware."""
 
-import os
-
-# Chosen as `triton.jit` runs: before any import of a kernel. TRITON_INTERPRET=0 on a machine with a
-# GPU runs the same tests on compiled kernels.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import numpy as np
 import torch
 import triton.language as tl
