@@ -10,8 +10,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # Tiny matrices: more threads only wait for each other, and bound ones all wait for the same core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-# Triton decides as it is imported whether kernels are interpreted, and vLLM imports it. On a machine
-# with a GPU, TRITON_INTERPRET=0 runs the kernels' tests compiled.
+# Triton decides as it is imported whether kernels are interpreted, and vLLM imports it. On a
+# machine with a GPU, TRITON_INTERPRET=0 runs the kernels' tests compiled.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # `from reference...` and `from engine...`, whatever the import mode.

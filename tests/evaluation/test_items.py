@@ -1,6 +1,12 @@
 import pytest
 
-from vllm_kvpress.evaluation.items import DEPTHS, answer_tokens, is_right, make_items
+from vllm_kvpress.evaluation.items import (
+    DEPTHS,
+    answer_tokens,
+    is_right,
+    make_items,
+    num_prompts,
+)
 from vllm_kvpress.testbed import model_path
 from vllm_kvpress.testbed.documents import TASKS, Question
 
@@ -55,6 +61,16 @@ def test_a_later_prompt_goes_on_from_the_one_before(tokenizer):
     for earlier, later in zip(item.prompts, item.prompts[1:], strict=False):
         assert later[: len(earlier)] == earlier
         assert later.count(tokenizer.eos_token_id) == earlier.count(tokenizer.eos_token_id) + 1
+
+
+def test_a_survey_asks_each_question_by_itself_about_one_text(tokenizer):
+    (item, *_) = items_of("survey", tokenizer)
+
+    assert len(item.prompts) == len(set(item.prompts)) == num_prompts("survey") == 8
+    text = tokenizer.encode(item.document.text, add_special_tokens=False)
+    for prompt in item.prompts:
+        assert list(prompt[1 : 1 + len(text)]) == text
+        assert tokenizer.eos_token_id not in prompt
 
 
 def test_needles_stand_at_every_depth(tokenizer):

@@ -208,6 +208,23 @@ def test_multi_turn_asks_about_other_facts_of_one_text():
         assert len(facts) == document.num_facts == 8
 
 
+def test_many_questions_may_be_asked_about_one_text():
+    for seed in range(8):
+        document = make_document("multi_key", num_tokens=700, seed=seed, num_questions=9)
+        facts = dict(facts_in(document.text, PASS_CODE_FACTS))
+        asked = [key_of(question, PASS_CODE_QUESTIONS) for question in document.questions]
+        assert [facts[name] for name in asked] == [q.answer for q in document.questions]
+        assert len(set(asked)) == 9
+        assert max(count_tokens(document.prompt(q)) for q in document.questions) <= 700
+        first = make_document("multi_key", num_tokens=700, seed=seed).questions[0]
+        assert document.questions[0] == first
+
+
+def test_no_more_questions_than_facts():
+    with pytest.raises(ValueError, match="the text answers 1 questions, not 2"):
+        make_document("needle", num_tokens=300, seed=0, num_questions=2)
+
+
 def test_facts_and_questions_are_worded_in_every_way():
     documents = [
         make_document(task, num_tokens=700, seed=seed) for task in TASKS for seed in range(40)

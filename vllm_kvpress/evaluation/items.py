@@ -32,7 +32,10 @@ __all__ = [
 
 # The same task, but the question comes when the document's cache is compressed already.
 LATE = "late_"
-ALL_TASKS = (*TASKS, *(LATE + task for task in TASKS if task != "multi_turn"))
+# Many questions about one document, each in a prompt of its own.
+SURVEY = "survey"
+SURVEY_QUESTIONS = 8
+ALL_TASKS = (*TASKS, SURVEY, *(LATE + task for task in TASKS if task != "multi_turn"))
 
 # Where needles stand: the field's grid, visited in an order that spreads over it early.
 DEPTHS = tuple(step * 4 % 11 / 10 for step in range(11))
@@ -52,7 +55,7 @@ class Item:
 
     Attributes:
         document: The text with its questions.
-        prompts: Token ids, one prompt a question; a later one is the chat that has grown so far.
+        prompts: Token ids, one prompt a question; of a chat, a later one is what has grown so far.
         depth: Where the fact in question stands, from 0 to 1; None where facts are spread.
         late: Token ids that follow a late question's prompt: they are given as outputs.
     """
@@ -77,7 +80,8 @@ def make_items(
         model: The model's name.
     """
     items = []
-    base = cast(Task, task.removeprefix(LATE))
+    survey = task == SURVEY
+    base = cast(Task, "multi_key" if survey else task.removeprefix(LATE))
     for index in range(limit):
         depth = DEPTHS[index % len(DEPTHS)] if base == "needle" else None
         document = make_document(
@@ -86,11 +90,15 @@ def make_items(
             seed=seed * _SEED_STRIDE + index,
             tokenizer=tokenizer,
             depth=depth,
+            num_questions=SURVEY_QUESTIONS if survey else 1,
         )
-        prompts = tuple(
-            _encode(document.chat(turn), tokenizer, model)
-            for turn in range(len(document.questions))
-        )
+        chats = [
+            [{"role": "user", "content": document.message(question)}]
+            if survey
+            else document.chat(turn)
+            for turn, question in enumerate(document.questions)
+        ]
+        prompts = tuple(_encode(chat, tokenizer, model) for chat in chats)
         late: tuple[int, ...] = ()
         if task.startswith(LATE):
             before, late = _split(document, prompts[0], tokenizer, model)
@@ -129,7 +137,7 @@ def _completion(messages: list[dict[str, str]]) -> str:
 
 def num_prompts(task: str) -> int:
     """Return how many prompts a document of a task has."""
-    return TURNS if task == "multi_turn" else 1
+    return {"multi_turn": TURNS, SURVEY: SURVEY_QUESTIONS}.get(task, 1)
 
 
 def answer_tokens(task: str, model: str) -> int:

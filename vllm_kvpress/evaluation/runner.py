@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from vllm_kvpress.evaluation.estimates import estimate_mean, wilson_interval
 from vllm_kvpress.evaluation.items import (
     LATE,
+    SURVEY,
     Item,
     answer_tokens,
     is_right,
@@ -169,7 +170,7 @@ def run_cell(
     if turns == 1:
         bounds = wilson_interval(sum(scores), len(scores))
         record["interval_95"] = [round(bound, 5) for bound in bounds]
-    else:
+    elif cell["task"] != SURVEY:
         record["by_turn"] = [round(sum(right[t::turns]) / len(items), 5) for t in range(turns)]
     return record
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
@@ -119,13 +119,15 @@ class Document:
 class _Plot:
     """The facts of a document, the questions about them, and the place of the first one asked for.
 
-    Where the order of the facts carries meaning, they appear as they stand here.
+    Other questions that the facts answer may be asked besides. Where the order of the facts carries
+    meaning, they appear as they stand here.
     """
 
     facts: tuple[str, ...]
     questions: tuple[Question, ...]
     target: int
     ordered: bool
+    others: tuple[Question, ...] = ()
 
 
 def is_correct(question: Question, generated: str) -> bool:
@@ -140,6 +142,7 @@ def make_document(
     seed: int,
     tokenizer: Tokenizer | None = None,
     depth: float | None = None,
+    num_questions: int = 1,
 ) -> Document:
     """Write a document whose prompt fills a token count to within one sentence, never above it.
 
@@ -156,12 +159,15 @@ def make_document(
         depth: Where the fact in question stands, 0 for the start and 1 for the end of the text; by
             default facts are spread at random. For a task with several facts in question, their
             first.
+        num_questions: Of ``multi_key``: questions about so many of its facts, each to be asked by
+            itself; the first one is the same for any number.
 
     Returns:
         The document with its question, or its questions.
 
     Raises:
-        ValueError: If the task is unknown, the depth is not in [0, 1], or the facts do not fit.
+        ValueError: If the task is unknown, the depth is not in [0, 1], the facts do not fit, or
+            there are fewer of them than questions.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
@@ -172,10 +178,24 @@ def make_document(
     rng = random.Random(f"{task}/{num_tokens}/{seed}")
     count = count_tokens if tokenizer is None else _counter(tokenizer)
     plot = _PLOTS[task](rng, num_tokens)
-    budget = num_tokens - _asking_cost(count, plot.questions)
+    asked = [plot.questions]
+    if num_questions > 1:
+        plot = _ask_more(plot, num_questions, seed)
+        asked = [(question,) for question in plot.questions]
+    budget = num_tokens - max(_asking_cost(count, questions) for questions in asked)
     filler = _filler(rng, budget - sum(_cost(count, fact) for fact in plot.facts), count)
     sentences = _interleave(rng, plot, filler, depth)
     return Document(" ".join(sentences), plot.questions, len(plot.facts))
+
+
+def _ask_more(plot: _Plot, num_questions: int, seed: int) -> _Plot:
+    """Add questions until there are so many."""
+    more = num_questions - len(plot.questions)
+    if more > len(plot.others):
+        known = len(plot.questions) + len(plot.others)
+        raise ValueError(f"the text answers {known} questions, not {num_questions}")
+    others = random.Random(seed).sample(plot.others, more)
+    return replace(plot, questions=(*plot.questions, *others))
 
 
 def _counter(tokenizer: Tokenizer) -> Callable[[str], int]:
@@ -218,7 +238,8 @@ def _keyed_plot(rng: random.Random, number: int) -> _Plot:
     """Facts about ``number`` names, one of them in question."""
     facts, questions = _pass_codes(rng, number)
     target = rng.randrange(number)
-    return _Plot(facts, (questions[target],), target, ordered=False)
+    others = tuple(question for fact, question in enumerate(questions) if fact != target)
+    return _Plot(facts, (questions[target],), target, ordered=False, others=others)
 
 
 def _multi_turn(rng: random.Random, num_tokens: int) -> _Plot:
