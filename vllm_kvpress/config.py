@@ -72,11 +72,19 @@ class Policy(Part):
     quantize: Annotated[
         Quantize | None, Field(description="a mapping with keys and values, or null")
     ] = None
-    heads: Annotated[Heads, Field(description="a mapping with plan")] = Heads()
+    heads: Annotated[
+        Heads, Field(description="a mapping with plan, file, retrieval_ratio or threshold")
+    ] = Heads()
     layers: Annotated[Layers, Field(description="a mapping with skip")] = Layers()
 
     @model_validator(mode="after")
     def _check(self) -> "Policy":
+        if self.heads.plan != "all" and self.recent_tokens == 0:
+            raise ConfigError(
+                "recent_tokens is 0 with heads.plan, whose streaming heads keep sinks and recent "
+                "tokens only",
+                allowed="at least 1",
+            )
         if self.evict is None:
             return self._check_without_evict()
         budget = self.evict.budget
@@ -91,11 +99,13 @@ class Policy(Part):
         return self
 
     def _check_without_evict(self) -> "Policy":
+        if self.heads.plan != "all":
+            return self
         if self.quantize is None:
             raise ConfigError(
                 "the policy keeps everything as it is",
-                allowed="a policy with evict, quantize, or both",
-                fix="Add evict or quantize",
+                allowed="a policy with evict, quantize, or a heads.plan other than all",
+                fix="Add evict, quantize or heads",
             )
         if self.quantize.is_fp8:
             raise ConfigError(
@@ -172,7 +182,7 @@ def load_policy(source: "str | dict[str, Any] | Path | Policy") -> Policy:
     text = source.strip()
     if text.startswith("{"):
         return _from_data(parse_json(text, "the inline policy"))
-    if text.endswith(YAML_SUFFIXES) or os.sep in text:
+    if text.endswith(YAML_SUFFIXES) or os.sep in text.partition("=")[0]:
         path = Path(text)
         return _from_data(read_file(path), path.stem)
     name, colon, overrides = text.partition(":")

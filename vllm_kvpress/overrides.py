@@ -27,17 +27,29 @@ _FIELDS = {
     "rotate": ("quantize", "rotate"),
     "residual_tokens": ("quantize", "residual_tokens"),
     "exact_sinks": ("quantize", "exact_sinks"),
+    "plan": ("heads", "plan"),
+    "file": ("heads", "file"),
+    "retrieval_ratio": ("heads", "retrieval_ratio"),
+    "threshold": ("heads", "threshold"),
+    "seed": ("heads", "seed"),
+    "compensation": ("heads", "compensation"),
 }
-_PARTS = ("evict", "quantize")  # what a base may lack, and its short names with it
+# Keys that say one thing in two ways: giving one drops the other from the base.
+_EITHER = {
+    "evict.budget": {"tokens", "keep_ratio"},
+    "heads": {"retrieval_ratio", "threshold"},
+}
+_PARTS = ("evict", "quantize", "heads")  # what a base may lack, and its short names with it
 _EXAMPLE = "Write it like snapkv:keep_ratio=0.25,window=16"
 
 
 def expand_base(data: dict[str, Any]) -> dict[str, Any]:
     """Returns `data` merged over the shipped policy that its key `base` names; `data` without one.
 
-    The base's own name is left out: the result is another policy. Two places are not merged key by
-    key: in `evict.budget`, `tokens` and `keep_ratio` replace each other; an `evict.scorer` of
-    another name or path replaces the base's with all its parameters.
+    The base's own name is left out: the result is another policy. Some places are not merged key by
+    key: in `evict.budget`, `tokens` and `keep_ratio` replace each other, as in `heads`
+    `retrieval_ratio` and `threshold` do; an `evict.scorer` of another name or path replaces the
+    base's with all its parameters.
 
     Raises:
         ConfigError: `base` is not a known policy's name.
@@ -83,7 +95,7 @@ def parse_compact(name: str, overrides: str) -> dict[str, Any]:
         if key in seen:
             raise ConfigError(f"the override {key} of policy {name!r} stands twice", fix=_EXAMPLE)
         seen.add(key)
-        *parents, last = _FIELDS.get(key, ("evict", "scorer", key))
+        *parents, last = fields.get(key, ("evict", "scorer", key))
         place = data
         for parent in parents:
             place = place.setdefault(parent, {})
@@ -100,8 +112,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[s
         if not both_mappings or (field == "evict.scorer" and _is_other_scorer(old, value)):
             merged[key] = value
             continue
-        if field == "evict.budget" and not {"tokens", "keep_ratio"}.isdisjoint(value):
-            old = {name: kept for name, kept in old.items() if name == "name"}
+        either = _EITHER.get(field, set())
+        if not either.isdisjoint(value):
+            old = {name: kept for name, kept in old.items() if name not in either}
         merged[key] = _merge(old, value, field)
     return merged
 

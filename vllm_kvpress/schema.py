@@ -223,11 +223,107 @@ class Quantize(Part):
 
 
 class Heads(Part):
-    """Which KV heads the policy acts on."""
+    """Which KV heads keep every token (retrieval heads); the others stream.
+
+    A streaming head keeps the policy's `sink_tokens` and `recent_tokens` alone. `duo`, `razor` and
+    a path rank the heads by the scores in a pattern file, `random` by a seeded draw; `inline` has
+    the result, one string of 0 and 1 (retrieval) per layer, and is what an engine's workers get.
+    """
 
     plan: Annotated[
-        Literal["all"], Field(description="all (head plans are not in this version)")
+        str,
+        Field(
+            pattern=r"^(?:all|duo|razor|random|inline|.+\.tsv)$",
+            max_length=4096,
+            description="all, duo, razor, random, inline, or a pattern file's path.tsv",
+        ),
     ] = "all"
+    file: Annotated[
+        str | None,
+        Field(
+            pattern=r".\.tsv$",
+            max_length=4096,
+            description="a pattern file's path, which ends in .tsv",
+        ),
+    ] = None
+    retrieval_ratio: Annotated[
+        float | None, Field(ge=0, lt=1, description="a number from 0 to below 1")
+    ] = None
+    threshold: Annotated[float | None, Field(description="a number")] = None
+    seed: Tokens = 0
+    compensation: Flag = False
+    labels: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[01]+$", max_length=4096)], ...] | None,
+        Field(
+            strict=False,
+            min_length=1,
+            max_length=4096,
+            description="a list of one string of 0 and 1 per layer, like ['0110', '0000']",
+        ),
+    ] = None
+
+    @property
+    def pattern_file(self) -> str | None:
+        """The path of the pattern file that the plan reads; None if it reads none, or has none."""
+        return self.plan if self.plan.endswith(".tsv") else self.file
+
+    @property
+    def reads_file(self) -> bool:
+        """Whether the plan ranks heads by a pattern file."""
+        return self.plan not in ("all", "random", "inline")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Heads":
+        self._check_options()
+        if self.plan == "inline":
+            self._check_labels(self.labels or ())
+        elif self.plan != "all" and (self.retrieval_ratio is None) == (self.threshold is None):
+            given = "neither" if self.threshold is None else "both"
+            sizes = "retrieval_ratio" if self.plan == "random" else "retrieval_ratio, threshold"
+            raise ConfigError(
+                "heads needs a number of retrieval heads",
+                got=given,
+                allowed=f"exactly one of {sizes}",
+                fix="Set heads.retrieval_ratio, the share of KV heads that keep every token",
+            )
+        return self
+
+    def _check_options(self) -> None:
+        own = {
+            "all": set(),
+            "random": {"retrieval_ratio", "seed", "compensation"},
+            "inline": {"labels", "compensation"},
+            "duo": {"file", "retrieval_ratio", "threshold", "compensation"},
+        }
+        own["razor"] = own["duo"]
+        allowed = own.get(self.plan, own["duo"] - {"file"})
+        given = {
+            name
+            for name, field in type(self).model_fields.items()
+            if name != "plan" and getattr(self, name) != field.default
+        }
+        if given - allowed:
+            raise ConfigError(
+                f"heads has options that do not go with plan: {self.plan}",
+                got=", ".join(sorted(given - allowed)),
+                allowed=", ".join(sorted(allowed)) or "none",
+                fix="Remove them",
+            )
+
+    def _check_labels(self, labels: tuple[str, ...]) -> None:
+        if not labels or len({len(row) for row in labels}) > 1:
+            raise ConfigError(
+                "heads.labels is not one string of equal length per layer",
+                got=shown(list(labels) or None),
+                allowed="a list like ['0110', '0000']",
+            )
+        if not any("0" in row for row in labels):
+            raise ConfigError(
+                "heads.labels leaves no head to stream: the plan does nothing",
+                got="1 everywhere",
+                allowed="at least one 0",
+                fix="Use heads.plan all",
+            )
 
 
 class Layers(Part):

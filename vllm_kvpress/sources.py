@@ -28,6 +28,7 @@ __all__ = [
     "nearest",
     "parse_json",
     "parse_yaml",
+    "read_bytes",
     "read_file",
     "read_named",
 ]
@@ -132,22 +133,32 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{what} has the wrong ending", got=shown(path.suffix), allowed=".yaml, .yml"
         )
+    content = read_bytes(path, what, MAX_BYTES)
+    try:
+        return parse_yaml(content.decode("utf-8"), what)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not UTF-8", got=f"a bad byte at {error.start}") from error
+
+
+def read_bytes(path: Path, what: str, max_bytes: int) -> bytes:
+    """Returns the content of a regular file of at most `max_bytes`; `what` names it in errors.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError(f"{what} is not a regular file", allowed="a regular file")
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{what} cannot be read", got=reason, fix="Check the path") from error
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{what} is too large", allowed=f"at most {MAX_BYTES} bytes")
-    try:
-        return parse_yaml(content.decode("utf-8"), what)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not UTF-8", got=f"a bad byte at {error.start}") from error
+    if len(content) > max_bytes:
+        raise ConfigError(f"{what} is too large", allowed=f"at most {max_bytes} bytes")
+    return content
 
 
 def parse_yaml(text: str, what: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_policies_prints_a_line_each_with_the_paper(run):
 
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert len(lines) == 13
+    assert len(lines) == 15
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert re.search(r"^snapkv +.*\[arXiv 2404\.14469, SnapKV", out, re.MULTILINE)
 
@@ -148,6 +148,17 @@ def test_explain_works_for_every_policy_on_the_bundled_model(run, policy):
     assert "4 full-attention layers, 4 KV heads of 64 channels, bfloat16" in out
     before, after = figures(out, "requests at once there")
     assert after > before
+
+
+def test_explain_shows_which_heads_of_a_plan_retrieve(run, tmp_path):
+    file = tmp_path / "duo.tsv"
+    file.write_text("\n".join(["0\t0\t0\t0", "0\t1\t1\t1", "0\t0\t0\t0", "0\t0\t0\t1"]))
+
+    code, out, err = run("explain", f"duo:file={file},threshold=0.5", "--model", "testbed")
+
+    assert (code, err) == (0, "")
+    assert "4 of 16 KV heads keep every token, the others the first 64 and the newest 256" in out
+    assert re.search(r"0  0000\n +1  0111\n +2  0000\n +3  0001\n", out)
 
 
 def test_explain_of_a_prompt_within_the_budget(run):
@@ -260,6 +271,8 @@ WRONG_WORDS = [
     (["explain", "snapkv", "--model", "testbed", "--", "--block-size", "x"], ["--block-size"]),
     (["check", "missing.yaml"], ["'missing.yaml' cannot be read"]),
     (["check", "snapkv"], ["has the wrong ending", ".yaml"]),
+    (["check", "configs/duo.yaml"], ["heads.file is missing", "calibrate-heads"]),
+    (["explain", "razor", "--model", "testbed"], ["heads.file is missing", "razor:file=FILE.tsv"]),
 ]
 
 

@@ -16,8 +16,8 @@ from vllm_kvpress.policies import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
-    *("int4", "int8", "keydiff", "kivi2", "kivi4", "knorm", "random", "snapkv", "snapkv-fp8"),
-    *("snapkv-int4", "snapkv-kivi2", "streaming_llm", "value_key_norm"),
+    *("duo", "int4", "int8", "keydiff", "kivi2", "kivi4", "knorm", "random", "razor", "snapkv"),
+    *("snapkv-fp8", "snapkv-int4", "snapkv-kivi2", "streaming_llm", "value_key_norm"),
 ]
 KNORM = {"scorer": {"name": "knorm"}, "budget": {"tokens": 100}}
 
@@ -69,7 +69,7 @@ def test_defaults_of_a_short_file(tmp_path):
             "when": {"prompt_end": True, "every_decode_tokens": 0},
             "losers": "drop",
         },
-        "heads": {"plan": "all"},
+        "heads": {"plan": "all", "seed": 0, "compensation": False},
         "layers": {"skip": []},
     }
 
@@ -141,7 +141,7 @@ WRONG = [
     (3, ["wrong type", "got 3"]),
     (None, ["wrong type", "got None"]),
     ("{", ["not valid JSON"]),
-    ("{}", ["keeps everything", "Add evict or quantize"]),
+    ("{}", ["keeps everything", "Add evict, quantize or heads"]),
     ('{"evict": 1, "evict": 2}', ["'evict'", "twice"]),
     ('{"sink_tokens": NaN}', ["not finite", "NaN"]),
     ("{" * 60000, ["not valid JSON"]),
@@ -226,7 +226,32 @@ WRONG = [
         ["quantize.rotate", "kivi4"],
     ),
     ({"quantize": {"keys": "int4", "values": "int4", "group": 64}}, ["quantize.group", "64"]),
-    ({"base": "knorm", "heads": {"plan": "duo"}}, ["heads.plan", "'duo'", "all"]),
+    ({"base": "knorm", "heads": {"plan": "dua"}}, ["heads.plan", "'dua'", "all, duo, razor"]),
+    ({"heads": {"plan": "duo"}}, ["number of retrieval heads", "neither", "threshold"]),
+    ({"heads": {"plan": "random"}}, ["number of retrieval heads", "one of retrieval_ratio"]),
+    (
+        {"base": "duo", "heads": {"retrieval_ratio": 0.5, "threshold": 0.5}},
+        ["number of retrieval heads", "got both"],
+    ),
+    ("duo:retrieval_ratio=1", ["heads.retrieval_ratio", "got 1", "0 to below 1"]),
+    ("duo:retrieval_ratio=-0.1", ["heads.retrieval_ratio", "got -0.1"]),
+    ("duo:threshold=high", ["heads.threshold", "'high'", "a number"]),
+    ("duo:file=heads.csv", ["heads.file", "'heads.csv'", "ends in .tsv"]),
+    ("duo:recent_tokens=0", ["recent_tokens is 0", "heads.plan", "at least 1"]),
+    ("duo:seed=1", ["do not go with plan: duo", "seed", "file, retrieval_ratio"]),
+    ("duo:keep_ratio=0.5", ["'keep_ratio'", "retrieval_ratio, threshold"]),
+    ("snapkv:retrieval_ratio=0.5", ["'retrieval_ratio'", "not known"]),
+    ({"base": "knorm", "heads": {"compensation": True}}, ["plan: all", "got compensation"]),
+    ({"heads": {"plan": "random", "threshold": 0.5}}, ["plan: random", "got threshold"]),
+    (
+        {"heads": {"plan": "a.tsv", "file": "b.tsv", "threshold": 0.5}},
+        ["plan: a.tsv", "got file"],
+    ),
+    ({"heads": {"plan": "inline"}}, ["heads.labels", "per layer"]),
+    ({"heads": {"plan": "inline", "labels": ["01", "0"]}}, ["heads.labels", "equal length"]),
+    ({"heads": {"plan": "inline", "labels": ["02"]}}, ["heads.labels", "'02'", "0 and 1"]),
+    ({"heads": {"plan": "inline", "labels": "01"}}, ["heads.labels", "'01'"]),
+    ({"heads": {"plan": "inline", "labels": ["11", "11"]}}, ["no head to stream", "plan all"]),
     ({"base": "knorm", "heads": {"plans": "all"}}, ["heads.plans", "Did you mean 'plan'?"]),
     ({"base": "knorm", "layers": {"skip": [0]}}, ["layers.skip", "[0]", "not in this version"]),
     ({"base": "knorm", "name": "a b"}, ["name is not valid", "'a b'"]),

@@ -40,6 +40,7 @@ ALL = [
     (policy.name, keep_ratio, documents)
     for policy in known_policies()
     if load_policy(policy.name).quantize is None  # an 8-bit cache has a test of its own
+    and load_policy(policy.name).evict is not None
     for keep_ratio, documents in ((0.25, range(25)), (0.5, range(25, 50)))
 ]
 

@@ -103,9 +103,11 @@ def _run_check(arguments: argparse.Namespace) -> None:
 
     from vllm_kvpress.config import load_policy
     from vllm_kvpress.policies import resolve
+    from vllm_kvpress.policies.heads import check_heads
 
     policy = load_policy(arguments.file)
     scorer = resolve(policy)
+    check_heads(policy.heads)
     print(yaml.safe_dump(policy.to_json(), sort_keys=False), end="")
     print(f"# {arguments.file} is a valid policy; its scorer: {scorer}")
 

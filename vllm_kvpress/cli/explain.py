@@ -21,6 +21,7 @@ from vllm_kvpress.layout import (
 from vllm_kvpress.packed_plan import PackedPlan, make_plan
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.policies import Scorer, resolve, store_format
+from vllm_kvpress.policies.heads import HeadPlan, HeadShape, resolve_heads
 
 __all__ = ["explain"]
 
@@ -50,6 +51,7 @@ def explain(
     policy = load_policy(policy_source)
     scorer = resolve(policy)
     model_shape = read_model_shape(model)
+    heads = resolve_heads(policy.heads, _head_shape(model_shape))
     options = parse_vllm_words(vllm_words or [])
     if block_size is not None:
         options["block-size"] = str(block_size)  # refused alike, wherever it was given
@@ -76,6 +78,10 @@ def explain(
         soft_wrap=True,
     )
     console.print(_kept_table(policy, scorer, plan, cache))
+    if policy.heads.plan != "all":
+        _explain_heads(console, policy, heads)
+        _report_conflicts(console, options)
+        return
     console.print(
         f"\n[bold]One request of {num_prompt} prompt and {num_output} generated tokens, "
         f"block size {plan.block_size}[/]",
@@ -86,6 +92,27 @@ def explain(
     )
     console.print(_advice(plan, num_prompt, num_output) + "\n", soft_wrap=True)
     _report_conflicts(console, options)
+
+
+def _head_shape(shape: ModelShape) -> HeadShape:
+    return HeadShape(
+        num_layers=shape.num_full_layers + shape.num_sliding_layers,
+        num_kv_heads=shape.num_kv_heads,
+        num_heads=shape.num_heads,
+        head_size=shape.head_size,
+    )
+
+
+def _explain_heads(console: Console, policy: Policy, heads: HeadPlan) -> None:
+    console.print(
+        f"\n[bold]{heads.num_retrieval} of {heads.num_heads} KV heads keep every token[/], the "
+        f"others the first {policy.sink_tokens} and the newest {policy.recent_tokens}, in whole "
+        "blocks. By layer, 1 = every token:",
+        soft_wrap=True,
+    )
+    for layer, row in enumerate(heads.labels):
+        console.print(f"{layer:4}  {row}")
+    console.print("The engine of this version does not run head plans yet.\n", soft_wrap=True)
 
 
 def _cache_dtype(policy: Policy, model_shape: ModelShape, options: dict[str, str]) -> str:
@@ -160,7 +187,9 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
     else:
         table.add_row("precision", f"{cache.dtype}, the whole cache")
     if policy.evict is None:
-        table.add_row("how many", "every token")
+        table.add_row(
+            "how many", "every token" + ("" if policy.heads.plan == "all" else ", in some heads")
+        )
         return table
     table.add_row(
         "always", f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens"

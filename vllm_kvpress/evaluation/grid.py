@@ -175,8 +175,9 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def default_policies() -> str:
-    """Return every shipped policy, as `--policies` takes them."""
-    return ",".join([FULL, *(info.name for info in known_policies())])
+    """Return every shipped policy that needs no file, as `--policies` takes them."""
+    names = [info.name for info in known_policies()]
+    return ",".join([FULL, *(name for name in names if not load_policy(name).heads.reads_file)])
 
 
 def _pieces(text: str, option: str) -> list[str]:

@@ -190,8 +190,10 @@ def check_policy(policy: Policy, config: "VllmConfig") -> None:
 
     Raises:
         CapacityError: the budget cannot hold the forced tokens in blocks of this size.
-        ConflictError: the scorer would need what one rank does not have.
+        ConflictError: the scorer would need what one rank does not have, or the policy has a head
+            plan.
     """
+    _refuse_head_plan(policy)
     scorer = resolve(policy)
     make_plan(policy, scorer, block_size=config.cache_config.block_size).check()
     _check_cache_dtype(policy, config.cache_config.cache_dtype)
@@ -203,6 +205,17 @@ def check_policy(policy: Policy, config: "VllmConfig") -> None:
             got=f"--tensor-parallel-size {ranks}",
             allowed="1, or a scorer with scope 'head'",
             fix="Use --tensor-parallel-size 1 or another scorer",
+        )
+
+
+def _refuse_head_plan(policy: Policy) -> None:
+    if policy.heads.plan != "all":
+        raise ConflictError(
+            "heads.plan is not run by the engine of this version, which keeps all KV heads of a "
+            "layer in the same blocks",
+            got=f"plan {policy.heads.plan}",
+            allowed="all",
+            fix="Use a policy without a head plan",
         )
 
 

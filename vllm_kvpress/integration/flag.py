@@ -18,6 +18,7 @@ from vllm_kvpress.errors import ConfigError, ConflictError, KVPressError, shown
 from vllm_kvpress.integration import compat, plugin
 from vllm_kvpress.integration.plugin import ADDITIONAL_KEY
 from vllm_kvpress.policies import resolve
+from vllm_kvpress.policies.heads import HeadShape, check_heads, inline_heads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -159,6 +160,7 @@ def _from_source(source: str, value: Any) -> Policy:
 def _resolved(source: str | dict[str, Any] | Path) -> Policy:
     policy = load_policy(source)
     resolve(policy)
+    check_heads(policy.heads)
     return policy
 
 
@@ -172,6 +174,10 @@ def _configured(
     with _fields(engine_args, _engine_fields(policy, engine_args)):
         vllm_config = create()
     conflicts.check(vllm_config)
+    policy = inline_heads(policy, _head_shape(vllm_config))
+    vllm_config.additional_config = {
+        **_additional(engine_args), ADDITIONAL_KEY: policy.to_json()
+    }  # fmt: skip
     conflicts.check_policy(policy, vllm_config)
     # Last: a refused engine leaves this process as it was.
     plugin.activate()
@@ -191,6 +197,16 @@ def _engine_fields(policy: Policy, engine_args: "EngineArgs") -> dict[str, Any]:
         "additional_config": {**_additional(engine_args), ADDITIONAL_KEY: policy.to_json()},
         "block_size": engine_args.block_size or block_size,
     }
+
+
+def _head_shape(vllm_config: "VllmConfig") -> HeadShape:
+    model = vllm_config.model_config.model_arch_config
+    return HeadShape(
+        num_layers=model.total_num_hidden_layers,
+        num_kv_heads=model.total_num_kv_heads,
+        num_heads=model.total_num_attention_heads,
+        head_size=model.head_size,
+    )
 
 
 def _additional(engine_args: "EngineArgs") -> dict[str, Any]:
