@@ -31,33 +31,66 @@ logger = init_logger("vllm.kvpress")
 
 
 @dataclass(frozen=True)
+class CellPart:
+    """One lane's packed cells of every request of a step.
+
+    Attributes:
+        store: Reads them.
+        table: Block ids, int32 [num_reqs, max_blocks].
+        num_tokens: Tokens in each request's cells, int64 [num_reqs].
+    """
+
+    store: CellStore
+    table: torch.Tensor
+    num_tokens: np.ndarray
+
+
+@dataclass(frozen=True)
 class PackedStep:
     """What attention reads in a step with packed cells.
 
     Attributes:
         common: Physical metadata of staging alone.
-        store_table: Store block ids, int32 [num_reqs, max_blocks].
-        store_tokens: Tokens in each request's cells, int64 [num_reqs].
+        parts: Packed cells, which every query sees whole: their order says nothing.
     """
 
     common: CommonAttentionMetadata
-    store_table: torch.Tensor
-    store_tokens: np.ndarray
+    parts: tuple[CellPart, ...]
 
 
 class PackedAttention:
     """Attention over packed cells and staging.
 
     Args:
-        store: Reads the cells.
+        stores: Reads the cells, by lane.
         page_map: Where K and V lie in a page of staging.
         layers: The layers, in the model's order.
     """
 
-    def __init__(self, store: CellStore, page_map: PageMap, layers: list[LayerPages]) -> None:
-        self.store = store
+    def __init__(
+        self, stores: dict[str, CellStore], page_map: PageMap, layers: list[LayerPages]
+    ) -> None:
+        self.stores = stores
         self.page_map = page_map
         self._layers = {id(pages.layer): pages for pages in layers}
+
+    def step(
+        self,
+        common: CommonAttentionMetadata,
+        tables: dict[str, torch.Tensor],
+        num_tokens: dict[str, np.ndarray],
+    ) -> PackedStep:
+        """Returns what attention reads.
+
+        Args:
+            common: Physical metadata of staging alone.
+            tables: Block tables by lane, each int32 [num_reqs, max_blocks].
+            num_tokens: Tokens in cells by lane, each int64 [num_reqs].
+        """
+        parts = [
+            CellPart(store, tables[lane], num_tokens[lane]) for lane, store in self.stores.items()
+        ]
+        return PackedStep(common, tuple(parts))
 
     def attend(
         self,
@@ -88,14 +121,14 @@ class PackedAttention:
             first, last = bounds[row], bounds[row + 1]
             if first == last:
                 continue
-            keys, values = self._staged(pages, common.block_table_tensor[row], lengths[row])
-            num_packed = int(step.store_tokens[row])
-            if num_packed:
-                table = step.store_table[row].long()
-                packed = self.store.read(page_bytes(pages), table, num_packed)
-                keys, values = (
-                    torch.cat(parts, dim=1) for parts in zip(packed, (keys, values), strict=True)
-                )
+            read = [
+                part.store.read(page_bytes(pages), part.table[row].long(), num_tokens)
+                for part in step.parts
+                if (num_tokens := int(part.num_tokens[row]))
+            ]
+            # Staging last: the queries' own tokens are its newest.
+            read.append(self._staged(pages, common.block_table_tensor[row], lengths[row]))
+            keys, values = (torch.cat(side, dim=1) for side in zip(*read, strict=True))
             result[first:last] = attention(query[first:last], keys, values, layer.impl)
         return output
 
@@ -170,7 +203,7 @@ class PackedEventRunner(EventRunner):
                 fix="Use a policy with quantize fp8, or without quantize",
             )
         self.store = _store_of(vllm_config, layers[0])
-        self.attention = PackedAttention(self.store, page_map, layers)
+        self.attention = PackedAttention({"kv_store": self.store}, page_map, layers)
         self.nonfinite = 0
 
     def _run_layer(self, event: PendingEvent, layer: LayerPages) -> None:

@@ -231,8 +231,9 @@ class LaneRuntime:
             return Step(self._physical.replace(common, layout, store), window)
         # The head of a physical table are the exact sinks, which staging holds.
         physical = self._physical.replace(common, layout, None)
-        assert store is not None
-        packed = None if layout is None else PackedStep(physical, store, layout.store_tokens)
+        if layout is None:
+            return Step(physical, window)
+        packed = self.packed.step(physical, self.tables, {"kv_store": layout.store_tokens})
         return Step(physical, window, packed)
 
     def capture_step(self, common: CommonAttentionMetadata) -> Step:
