@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -156,6 +157,8 @@ def attention(
     """
     num_tokens, num_heads, _ = query.shape
     heads, length, _ = keys.shape
+    if impl.sinks is None and not impl.logits_soft_cap:
+        return _fused_attention(query, keys, values, impl.scale)
     grouped = query.float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
     logits = grouped @ keys[:, None].transpose(2, 3) * impl.scale  # [heads, group, tokens, length]
     if impl.logits_soft_cap:
@@ -169,6 +172,29 @@ def attention(
     weights = logits.softmax(dim=-1)[..., :length]
     out = weights @ values[:, None]
     return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, -1).to(query.dtype)
+
+
+def _fused_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Returns the same without sinks and soft cap, by PyTorch's fused kernel."""
+    num_tokens, num_heads, _ = query.shape
+    heads, length, _ = keys.shape
+    group = num_heads // heads
+    if num_tokens == 1:
+        grouped, mask, causal = query[0].float().unflatten(0, (heads, group)), None, False
+    else:
+        grouped = query.float().transpose(0, 1)
+        keys, values = (side.repeat_interleave(group, dim=0) for side in (keys, values))
+        causal = num_tokens == length
+        mask = None
+        if not causal:
+            mask = torch.ones(num_tokens, length, dtype=torch.bool).tril(length - num_tokens)
+    out = functional.scaled_dot_product_attention(
+        grouped[None], keys[None], values[None], mask, is_causal=causal, scale=scale
+    )[0]
+    rows = out.reshape(1, num_heads, -1) if num_tokens == 1 else out.transpose(0, 1)
+    return rows.to(query.dtype)
 
 
 def page_bytes(layer: LayerPages) -> torch.Tensor:
