@@ -53,8 +53,13 @@ TABLE = {
             f"{OURS}.cli",
             f"{OURS}.testbed",
             f"{OURS}.evaluation",
+            f"{OURS}.calibration",
             OURS,
         },
+    ),
+    "calibration": (
+        {"torch", "transformers", "rich", "matplotlib"},
+        {*LEAVES, f"{OURS}.policies", f"{OURS}.testbed", f"{OURS}.calibration"},
     ),
     "evaluation": (
         {"rich", "huggingface_hub", "matplotlib", "datasets", "transformers", "torch", "vllm"},

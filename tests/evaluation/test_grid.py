@@ -30,6 +30,31 @@ def test_every_policy_gets_every_ratio_and_the_full_cache_one():
     assert [(b.keep_ratio, b.tokens) for b in budgets] == [(0.5, None), (0.25, None)] * 2
 
 
+def test_a_ratio_of_a_head_plan_is_its_share_of_retrieval_heads(tmp_path):
+    file = tmp_path / "duo.tsv"
+    file.write_text("1\t0\n")
+    named = [f"duo:file={file},recent_tokens=128", "duo:plan=random,seed=1"]
+    policies = grid.parse_policies(",".join(named))
+
+    variants = grid.make_variants(policies, [0.5, 0.0])
+
+    assert policies == ["full", "random", *named]
+    assert [(v.policy, v.keep_ratio) for v in variants[:2]] == [("full", 1.0), ("random", 0.5)]
+    assert [(v.policy, v.keep_ratio) for v in variants[2:]] == [
+        (name, ratio) for name in named for ratio in (0.5, 0.0)
+    ]
+    asked = load_policy({**load_policy(named[0]).to_json(), "heads": {
+        "plan": "duo", "file": str(file), "retrieval_ratio": 0.0}})  # fmt: skip
+    assert load_policy(variants[3].source) == asked
+
+
+def test_a_head_plan_without_its_file_and_a_ratio_of_0_without_head_plan_are_refused():
+    with pytest.raises(ConfigError, match=r"heads\.file is missing"):
+        grid.parse_policies("razor")
+    with pytest.raises(ConfigError, match=r"0 for head plans alone"):
+        grid.make_variants(["full", "random", "knorm"], [0.5, 0.0])
+
+
 def test_a_ratio_changes_nothing_else_of_a_policy(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("base: snapkv\nrecent_tokens: 80\nevict: {scorer: {window: 48}}\n")
@@ -57,7 +82,6 @@ def test_lists_are_sorted_and_say_each_thing_once():
         (grid.parse_tasks, "needle,niddle", "'niddle' is not known; allowed: needle, multi_key"),
         (grid.parse_tasks, "needle,", "empty item"),
         (grid.parse_ratios, "0.5,1", "got '1'"),
-        (grid.parse_ratios, "0", "above 0 and below 1"),
         (grid.parse_ratios, "0.0", "above 0 and below 1"),
         (grid.parse_ratios, "nan", "got 'nan'"),
         (grid.parse_lengths, "1k", "got '1k'"),

@@ -1,7 +1,7 @@
 """The command `vllm-kvpress`: what policies there are, whether a file is right, what one will do.
 
-Needs no vLLM and no GPU, but for `eval`, which starts engines. Exit code 0, or 2 with one line on
-stderr.
+Needs no vLLM and no GPU, but for `eval`, which starts engines, and `calibrate-heads`, which needs
+transformers. Exit code 0, or 2 with one line on stderr.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vllm_kvpress import __version__
+from vllm_kvpress.cli.calibrate import add_command as add_calibrate
 from vllm_kvpress.cli.evaluate import add_commands
 from vllm_kvpress.errors import ConfigError, KVPressError
 
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         explain.add_argument(option, type=_tokens, metavar="N", help=meaning)
     explain.set_defaults(run=_run_explain)
 
+    add_calibrate(commands)
     add_commands(commands)
     return parser
 

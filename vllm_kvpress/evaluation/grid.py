@@ -12,6 +12,7 @@ from vllm_kvpress.config import Policy, known_policies, load_policy
 from vllm_kvpress.errors import ConfigError, shown
 from vllm_kvpress.evaluation.items import ALL_TASKS
 from vllm_kvpress.policies import resolve
+from vllm_kvpress.policies.heads import check_heads
 from vllm_kvpress.sources import nearest
 from vllm_kvpress.testbed.documents import MIN_TOKENS
 
@@ -39,7 +40,8 @@ class Variant:
 
     Attributes:
         policy: The policy as the user wrote it; `full` for stock vLLM.
-        keep_ratio: Share of the prompt that is kept; 1 for what evicts nothing.
+        keep_ratio: Share of the prompt that is kept; under a head plan without eviction, of the KV
+            heads that keep every token; 1 for what drops nothing.
         source: What `LLM(kv_policy=...)` takes; None for the full cache.
     """
 
@@ -106,17 +108,29 @@ def parse_policies(text: str) -> list[str]:
 
 
 def make_variants(policies: Sequence[str], keep_ratios: Sequence[float]) -> list[Variant]:
-    """Return the engines to start: every policy at every ratio; once what evicts nothing."""
+    """Return the engines to start: every policy at every ratio; once what drops nothing.
+
+    Raises:
+        ConfigError: A ratio is 0, and no policy is a head plan.
+    """
     variants: list[Variant] = []
     for policy in policies:
         if policy == FULL:
             variants.append(Variant(FULL, 1.0, None))
             continue
         loaded = _load(policy)
-        if loaded.evict is None:
+        if loaded.evict is None and loaded.heads.plan == "all":
             variants.append(Variant(policy, 1.0, loaded.to_json()))
             continue
-        variants += [Variant(policy, ratio, _at_ratio(policy, ratio)) for ratio in keep_ratios]
+        # Without any retrieval head a window is left; without any token nothing is.
+        ratios = [ratio for ratio in keep_ratios if ratio > 0 or loaded.evict is None]
+        variants += [Variant(policy, ratio, _at_ratio(policy, ratio)) for ratio in ratios]
+    if 0 in keep_ratios and not any(variant.keep_ratio == 0 for variant in variants):
+        raise ConfigError(
+            "--keep-ratio is not valid",
+            got="0",
+            allowed="shares of the prompt above 0 and below 1; 0 for head plans alone",
+        )
     return variants
 
 
@@ -124,11 +138,11 @@ def parse_ratios(text: str) -> list[float]:
     """Return keep ratios, largest first.
 
     Raises:
-        ConfigError: One is not a number above 0 and below 1.
+        ConfigError: One is not a number from 0 to below 1.
     """
     ratios: list[float] = []
     for piece in _pieces(text, "--keep-ratio"):
-        if not re.fullmatch(r"0?\.\d{1,6}", piece) or float(piece) == 0:
+        if piece != "0" and (not re.fullmatch(r"0?\.\d{1,6}", piece) or float(piece) == 0):
             raise ConfigError(
                 "--keep-ratio is not valid",
                 got=shown(piece),
@@ -192,14 +206,19 @@ def _pieces(text: str, option: str) -> list[str]:
 def _load(source: str) -> Policy:
     policy = load_policy(source)
     resolve(policy)
+    check_heads(policy.heads)
     return policy
 
 
 def _at_ratio(source: str, keep_ratio: float) -> dict[str, Any]:
-    """Return a policy with another budget, checked."""
+    """Return a policy with another budget, or number of retrieval heads, checked."""
     data = _load(source).to_json()
     if Path(source).suffix in (".yaml", ".yml"):
         data["name"] = Path(source).stem
-    data["evict"]["budget"] = {"name": "uniform", "keep_ratio": keep_ratio}
+    if "evict" in data:
+        data["evict"]["budget"] = {"name": "uniform", "keep_ratio": keep_ratio}
+    else:
+        data["heads"].pop("threshold", None)
+        data["heads"]["retrieval_ratio"] = keep_ratio
     resolve(load_policy(data))
     return data

@@ -12,6 +12,7 @@ Source: https://github.com/mit-han-lab/duo-attention (`attn_patterns`), read, no
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -134,7 +135,10 @@ def write_pattern(path: Path, scores: Sequence[Sequence[float]], record: Mapping
     """Writes a pattern file, and its record beside it under the ending .json."""
     lines = ("\t".join(repr(float(score)) for score in row) for row in scores)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    text = re.sub(
+        r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), json.dumps(record, indent=2)
+    )
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 def _row(line: str, what: str) -> tuple[float, ...]:
