@@ -24,10 +24,13 @@ LEAVES = {
 FIGURES = {
     f"{OURS}.plan",
     f"{OURS}.packed_plan",
+    f"{OURS}.demoting_plan",
+    f"{OURS}.planner",
     f"{OURS}.plan_rows",
     f"{OURS}.layout",
     f"{OURS}.conflict_table",
 }
+PLANS = {f"{OURS}.plan", f"{OURS}.packed_plan", f"{OURS}.demoting_plan"}
 
 # Room -> (packages from outside, rooms of ours), beside the standard library. Imports for types
 # only do not count: they do not run.
@@ -39,7 +42,9 @@ TABLE = {
     "config": ({"pydantic", "pydantic_core"}, LEAVES),
     "plan": (set(), {f"{OURS}.errors"}),
     "packed_plan": (set(), {f"{OURS}.plan", f"{OURS}.errors"}),
-    "plan_rows": ({"numpy"}, {f"{OURS}.plan", f"{OURS}.packed_plan"}),
+    "demoting_plan": (set(), {f"{OURS}.plan", f"{OURS}.packed_plan", f"{OURS}.errors"}),
+    "planner": (set(), PLANS),
+    "plan_rows": ({"numpy"}, PLANS),
     "layout": ({"numpy"}, {f"{OURS}.errors"}),
     "conflict_table": (set(), {f"{OURS}.errors"}),
     "policies": ({"torch", "pydantic"}, {*LEAVES, f"{OURS}.layout", f"{OURS}.policies"}),

@@ -77,6 +77,19 @@ class Policy(Part):
     ] = Heads()
     layers: Annotated[Layers, Field(description="a mapping with skip")] = Layers()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_losers(cls, data: Any) -> Any:
+        """Demoting needs two precisions: of what is kept, exact by default, and of the losers."""
+        evict = data.get("evict") if isinstance(data, dict) else None
+        if not (isinstance(evict, dict) and evict.get("losers") == "demote"):
+            return data
+        quantize = data.get("quantize")
+        quantize = {"keys": "none", "values": "none"} if quantize is None else quantize
+        if isinstance(quantize, dict) and quantize.get("losers") is None:
+            quantize = {**quantize, "losers": {}}
+        return {**data, "quantize": quantize}
+
     @model_validator(mode="after")
     def _check(self) -> "Policy":
         if self.heads.plan != "all" and self.recent_tokens == 0:
@@ -87,6 +100,7 @@ class Policy(Part):
             )
         if self.evict is None:
             return self._check_without_evict()
+        self._check_losers(self.evict)
         budget = self.evict.budget
         forced = self.sink_tokens + self.recent_tokens
         if budget is not None and budget.tokens is not None and budget.tokens < forced:
@@ -97,6 +111,32 @@ class Policy(Part):
                 fix="Raise the budget or lower recent_tokens",
             )
         return self
+
+    def _check_losers(self, evict: Evict) -> None:
+        quantize = self.quantize
+        losers = None if quantize is None else quantize.losers
+        if evict.losers != "demote":
+            if losers is not None:
+                raise ConfigError(
+                    "quantize.losers goes with evict.losers: demote only",
+                    got=f"evict.losers: {evict.losers}",
+                    fix="Set evict.losers to demote, or quantize.losers to null",
+                )
+            return
+        if quantize is not None and quantize.is_fp8:
+            raise ConfigError(
+                "evict.losers: demote does not go with fp8, vLLM's own cache of one precision",
+                got="quantize fp8",
+                allowed="int8, int4, kivi4, kivi2, none for what is kept",
+                fix="Use int8 in place of fp8, or losers: drop",
+            )
+        if evict.when.every_decode_tokens:
+            raise ConfigError(
+                "evict.losers: demote acts at the prompt's end only",
+                got=f"evict.when.every_decode_tokens: {evict.when.every_decode_tokens}",
+                allowed="every_decode_tokens: 0, or losers: drop",
+                fix="Set evict.when.every_decode_tokens to 0",
+            )
 
     def _check_without_evict(self) -> "Policy":
         if self.heads.plan != "all":
@@ -113,6 +153,12 @@ class Policy(Part):
                 got="quantize fp8 without evict",
                 allowed="fp8 beside evict; int8, int4, kivi4, kivi2 with or without it",
                 fix="Start vLLM with --kv-cache-dtype fp8 and no policy",
+            )
+        if self.quantize.losers is not None:
+            raise ConfigError(
+                "quantize.losers is the precision of what a scorer rejects",
+                got="a policy without evict, which rejects nothing",
+                fix="Remove quantize.losers, or add evict with losers: demote",
             )
         return self
 
@@ -232,6 +278,13 @@ def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
     if quantize is None or quantize.is_fp8:
         return
     codecs = f"keys: {quantize.keys}, values: {quantize.values}"
+    if policy.evict is not None and policy.evict.losers == "demote" and traits.selects == "window":
+        raise ConfigError(
+            f"evict.losers: demote does not go with the scorer {shown(policy.evict.scorer.label)}, "
+            "which keeps a window in place",
+            allowed="losers: drop, or a scorer that ranks tokens",
+            fix="Use the scorer logquant to demote by position",
+        )
     if policy.evict is not None and policy.evict.when.every_decode_tokens:
         raise ConfigError(
             "evict.when.every_decode_tokens does not go with packed codecs",

@@ -20,6 +20,7 @@ _FIELDS = {
     "recent_tokens": ("recent_tokens",),
     "tokens": ("evict", "budget", "tokens"),
     "keep_ratio": ("evict", "budget", "keep_ratio"),
+    "losers": ("evict", "losers"),
     "every_decode_tokens": ("evict", "when", "every_decode_tokens"),
     "keys": ("quantize", "keys"),
     "values": ("quantize", "values"),

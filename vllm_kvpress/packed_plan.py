@@ -20,17 +20,11 @@ inside one chunk collapse into the last one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_kvpress.errors import CapacityError
 from vllm_kvpress.plan import Layout, RetentionPlan
-
-if TYPE_CHECKING:
-    from vllm_kvpress.config import Policy
-    from vllm_kvpress.layout import PackedFormat
-    from vllm_kvpress.policies.scorer import Scorer
-
 
 GROUP_TOKENS = 32  # tokens of a channel group, KIVI's default
 
@@ -44,6 +38,7 @@ class Move(NamedTuple):
         append_start: First staging token that is appended as it is.
         append_end: End of them.
         append_at: Their first place in the store.
+        losers: Tokens that are demoted, with `survivors`: all that are not among them, or none.
     """
 
     survivors: int | None
@@ -51,6 +46,7 @@ class Move(NamedTuple):
     append_start: int
     append_end: int
     append_at: int
+    losers: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,56 +203,17 @@ class PackedPlan(RetentionPlan):
         return super().query_need(num_prompt_tokens, end) if self.evicts_tokens else 0
 
     def store_bound(self, num_tokens: int) -> int:
-        """Returns the store blocks at the end of a prompt of this length.
+        """Returns the most store blocks of a request of this length that still holds its prompt.
 
-        The pool is fullest then, as staging still holds all of it; a shorter prompt with more
-        output has given back more of staging than its store takes.
+        The pool is fullest then, up to two tokens behind the prompt's end, when one unit more may
+        have closed; later a request has given back more of staging than its store takes.
         """
-        return self.pages(self.survivors(num_tokens))
+        closed = self.closed_end(num_tokens) - self.exact_tokens
+        if not self.evicts_tokens:
+            return self.pages(closed)
+        room = self.budget(num_tokens) - self.exact_tokens - self.residual_tokens
+        return self.pages(min(closed, max(0, room) + self.unit))
 
     def store_pages_most(self, num_tokens: int) -> int:
         """Returns the most store blocks that any request of at most this length ever holds."""
         return self.pages(num_tokens)
-
-
-def make_plan(
-    policy: Policy,
-    scorer: Scorer,
-    *,
-    block_size: int,
-    queries_per_block: int = 1,
-    positions_per_block: int = 1,
-    cells: PackedFormat | None = None,
-    page_bytes: int = 0,
-) -> RetentionPlan:
-    """Returns the plan of `policy` for an engine with the given geometry.
-
-    Args:
-        policy: The policy.
-        scorer: Its scorer.
-        block_size: Tokens in a block.
-        queries_per_block: Query rows that fit in one block of the query lane.
-        positions_per_block: Kept positions that fit in one block of the position lane.
-        cells: The store's cells if the policy packs; without them the counts of blocks are
-            not to be relied on.
-        page_bytes: Bytes of one block of one layer.
-    """
-    plan = RetentionPlan.from_policy(
-        policy,
-        scorer,
-        block_size=block_size,
-        queries_per_block=queries_per_block,
-        positions_per_block=positions_per_block,
-    )
-    quantize = policy.quantize
-    if quantize is None or quantize.is_fp8:
-        return plan
-    return PackedPlan(
-        **{field.name: getattr(plan, field.name) for field in fields(RetentionPlan)},
-        residual_tokens=quantize.residual,
-        exact_sinks=quantize.exact_sinks,
-        group_tokens=GROUP_TOKENS if quantize.has_channel_groups else 1,
-        cell_tokens=cells.cell_tokens if cells else block_size,
-        num_kv_heads=cells.num_kv_heads if cells else 1,
-        cells_per_page=cells.cells_per_page(page_bytes) if cells else 1,
-    )

@@ -44,12 +44,14 @@ class Layout(NamedTuple):
         head_blocks: Whole blocks in front: of the store when the plan has one, else the
             first blocks of staging (the sinks).
         first_block: Index of the first staging block that follows them.
-        store_tokens: Tokens in packed cells, beside all of that.
+        store_tokens: Tokens in the store's packed cells, beside all of that.
+        demoted_tokens: Tokens in the packed cells of a second store.
     """
 
     head_blocks: int
     first_block: int
     store_tokens: int = 0
+    demoted_tokens: int = 0
 
 
 @dataclass(frozen=True)

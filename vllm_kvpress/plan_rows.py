@@ -8,17 +8,19 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import RetentionPlan
 
 IntArray = npt.NDArray[np.int64]
+Layouts = tuple[IntArray, IntArray, IntArray, IntArray]
 
 _NEVER = np.iinfo(np.int64).max
 
 
 def layouts(
     plan: RetentionPlan, num_prompt_tokens: IntArray, num_computed_tokens: IntArray
-) -> tuple[IntArray, IntArray, IntArray]:
+) -> Layouts:
     """Returns `RetentionPlan.layout` of each row.
 
     Args:
@@ -27,7 +29,7 @@ def layouts(
         num_computed_tokens: int64 [num_reqs], at the start of the step.
 
     Returns:
-        (head_blocks, first_block, store_tokens), each int64 [num_reqs].
+        (head_blocks, first_block, store_tokens, demoted_tokens), each int64 [num_reqs].
     """
     if isinstance(plan, PackedPlan):
         return _packed_layouts(plan, num_prompt_tokens, num_computed_tokens)
@@ -43,30 +45,35 @@ def layouts(
             happened = over >= 0
         events = np.where(happened & (events > budgets), events, 0)
         heads = np.maximum(0, budgets - events % plan.block_size) // plan.block_size
-        return np.where(events > 0, heads, 0), events // plan.block_size, unpacked
+        return np.where(events > 0, heads, 0), events // plan.block_size, unpacked, unpacked
     window = budgets - plan.sink_tokens
     first = np.maximum(0, num_computed_tokens - window) // plan.block_size
     sinks = plan.sink_blocks
     dropped = (over >= 0) & (first > sinks)
-    return np.where(dropped, sinks, 0), np.where(dropped, first, 0), unpacked
+    return np.where(dropped, sinks, 0), np.where(dropped, first, 0), unpacked, unpacked
 
 
 def _packed_layouts(
     plan: PackedPlan, num_prompt_tokens: IntArray, num_computed_tokens: IntArray
-) -> tuple[IntArray, IntArray, IntArray]:
+) -> Layouts:
     closed_prompt = _closed_ends(plan, num_prompt_tokens)
     closed = _closed_ends(plan, num_computed_tokens)
-    survivors = closed_prompt - plan.exact_tokens
+    available = survivors = closed_prompt - plan.exact_tokens
+    losers = np.zeros_like(available)
     if plan.evicts_tokens:
         open_tokens = num_prompt_tokens - closed_prompt
         room = _budgets(plan, num_prompt_tokens) - plan.exact_tokens - open_tokens
         room = np.maximum(0, room) // plan.group_tokens * plan.group_tokens
-        survivors = np.minimum(survivors, room)
+        survivors = np.minimum(available, room)
+    if isinstance(plan, DemotingPlan):
+        losers = (available - survivors) // plan.loser_unit * plan.loser_unit
+        survivors = available - losers
     happened = (num_computed_tokens >= num_prompt_tokens) & (closed > plan.exact_tokens)
     return (
         np.where(happened, plan.exact_tokens // plan.block_size, 0),
         np.where(happened, closed // plan.block_size, 0),
         np.where(happened, survivors + closed - closed_prompt, 0),
+        np.where(happened, losers, 0),
     )
 
 

@@ -13,10 +13,12 @@ from vllm_kvpress.errors import ConfigError, shown
 __all__ = [
     "PARTS",
     "Budget",
+    "Codecs",
     "Evict",
     "Flag",
     "Heads",
     "Layers",
+    "Losers",
     "Part",
     "Quantize",
     "ScorerSpec",
@@ -132,8 +134,8 @@ class Evict(Part):
         When()
     )
     losers: Annotated[
-        Literal["drop"],
-        Field(description="drop (merge, demote, compensate are not in this version)"),
+        Literal["drop", "demote"],
+        Field(description="drop, demote (merge, compensate are not in this version)"),
     ] = "drop"
 
 
@@ -141,12 +143,16 @@ CodecName = Annotated[
     Literal["fp8", "int8", "int4", "kivi4", "kivi2", "none"],
     Field(description="fp8, int8, int4, kivi4, kivi2, none (the model's own numbers)"),
 ]
+PackedName = Annotated[
+    Literal["int8", "int4", "kivi4", "kivi2", "none"],
+    Field(description="int8, int4, kivi4, kivi2, none (the model's own numbers)"),
+]
 PER_TOKEN = ("int8", "int4")
 PER_CHANNEL = ("kivi4", "kivi2")
 
 
-class Quantize(Part):
-    """Precision in which keys and values are kept.
+class Codecs(Part):
+    """Precision of the keys and values of one store.
 
     `fp8` is the engine's own cache dtype. The others are packed by us: `int8` and `int4` with a
     scale for each token and KV head, `kivi4` and `kivi2` with a scale for each channel of 32 keys
@@ -163,11 +169,6 @@ class Quantize(Part):
         Literal["none", "keys", "both"],
         Field(description="none, keys, both: what a Hadamard rotation is applied to"),
     ] = "none"
-    residual_tokens: Annotated[
-        int | None,
-        Field(ge=0, le=MAX_INT, description=f"an integer from 0 to {MAX_INT}"),
-    ] = None
-    exact_sinks: Flag = False
 
     @property
     def is_fp8(self) -> bool:
@@ -178,6 +179,49 @@ class Quantize(Part):
     def has_channel_groups(self) -> bool:
         """Whether keys are grouped along the tokens, so that they wait for their group."""
         return self.keys in PER_CHANNEL
+
+    @model_validator(mode="after")
+    def _check_codecs(self) -> "Codecs":
+        both, where = f"keys: {self.keys}, values: {self.values}", self._where()
+        if self.group != "head" and not {self.keys, self.values} & set(PER_TOKEN):
+            raise ConfigError(
+                f"{where}.group is for int8 and int4", got=both, fix=f"Remove {where}.group"
+            )
+        rotated = {"none": [], "keys": [self.keys], "both": [self.keys, self.values]}[self.rotate]
+        if not set(rotated) <= set(PER_TOKEN):
+            raise ConfigError(
+                f"{where}.rotate: {self.rotate} rotates what has no scale per token",
+                got=both,
+                allowed="int8 or int4 for all that is rotated",
+                fix=f"Remove {where}.rotate: channel groups and exact numbers gain nothing by it",
+            )
+        return self
+
+    def _where(self) -> str:
+        return "quantize"
+
+
+class Losers(Codecs):
+    """Precision of what a scorer rejects, with `evict.losers: demote`."""
+
+    keys: PackedName = "kivi2"
+    values: PackedName = "kivi2"
+
+    def _where(self) -> str:
+        return "quantize.losers"
+
+
+class Quantize(Codecs):
+    """Precision in which keys and values are kept, and of what is demoted."""
+
+    residual_tokens: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_INT, description=f"an integer from 0 to {MAX_INT}"),
+    ] = None
+    exact_sinks: Flag = False
+    losers: Annotated[
+        Losers | None, Field(description="a mapping with keys, values, group, rotate, or null")
+    ] = None
 
     @property
     def residual(self) -> int:
@@ -198,7 +242,7 @@ class Quantize(Part):
         given = {
             name
             for name, field in type(self).model_fields.items()
-            if name not in ("keys", "values") and getattr(self, name) != field.default
+            if name not in ("keys", "values", "losers") and getattr(self, name) != field.default
         }
         if self.is_fp8 and given:
             raise ConfigError(
@@ -206,18 +250,6 @@ class Quantize(Part):
                 got=", ".join(sorted(given)),
                 allowed="keys, values",
                 fix="Remove them: fp8 is the engine's own cache, without groups or a residual",
-            )
-        if self.group != "head" and not {self.keys, self.values} & set(PER_TOKEN):
-            raise ConfigError(
-                "quantize.group is for int8 and int4", got=both, fix="Remove quantize.group"
-            )
-        rotated = {"none": [], "keys": [self.keys], "both": [self.keys, self.values]}[self.rotate]
-        if not set(rotated) <= set(PER_TOKEN):
-            raise ConfigError(
-                f"quantize.rotate: {self.rotate} rotates what has no scale per token",
-                got=both,
-                allowed="int8 or int4 for all that is rotated",
-                fix="Remove quantize.rotate: channel groups and exact numbers gain nothing by it",
             )
         return self
 
@@ -342,6 +374,7 @@ PARTS: dict[str, type[Part]] = {
     "budget": Budget,
     "when": When,
     "quantize": Quantize,
+    "losers": Losers,
     "heads": Heads,
     "layers": Layers,
 }

@@ -54,7 +54,7 @@ def test_policies_prints_a_line_each_with_the_paper(run):
 
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert len(lines) == 15
+    assert len(lines) == 17
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert re.search(r"^snapkv +.*\[arXiv 2404\.14469, SnapKV", out, re.MULTILINE)
 
@@ -138,6 +138,22 @@ def test_explain_counts_the_cells_of_packed_stores(run, model):
     assert "nothing of it is evicted" not in out
     assert "keys kivi2, values kivi2" in out
     assert "the newest 128 tokens and up to 31 more" in out
+
+
+def test_explain_counts_both_stores_of_a_policy_that_demotes(run, model):
+    words = ("--model", model(), "--prompt-tokens", "8000", "--output-tokens", "500")
+    _, out, _ = run("explain", "snapkv-demote", *words)
+
+    # 160 bytes a head of 128 channels for survivors, 96 for losers.
+    assert re.search(r"^bytes per token packed +- +40,960$", out, re.MULTILINE)
+    assert re.search(r"^bytes per token demoted +- +24,576$", out, re.MULTILINE)
+    # 2000 tokens survive, 6000 go: 187 groups of 32, so 2016 stay. 496 of the answer's are closed.
+    survivors = -(-((2016 + 496) // 16) * 8 // 25)
+    assert figures(out, "blocks while it generates") == [532, survivors + -(-187 * 8 // 21) + 1]
+    assert figures(out, "tokens that attention reads") == [8500, 8500]
+    assert "of the others  keys kivi2, values kivi2" in out
+    assert "no token is evicted" in out
+    assert "nothing of it is evicted" not in out
 
 
 @pytest.mark.parametrize("policy", ["streaming_llm", "random", "knorm", "keydiff", "snapkv"])

@@ -16,10 +16,19 @@ from vllm_kvpress.policies import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
-    *("duo", "int4", "int8", "keydiff", "kivi2", "kivi4", "knorm", "random", "razor", "snapkv"),
-    *("snapkv-fp8", "snapkv-int4", "snapkv-kivi2", "streaming_llm", "value_key_norm"),
+    *("duo", "int4", "int8", "keydiff", "kivi2", "kivi4", "knorm", "logquant", "random", "razor"),
+    *(
+        "snapkv",
+        "snapkv-demote",
+        "snapkv-fp8",
+        "snapkv-int4",
+        "snapkv-kivi2",
+        "streaming_llm",
+        "value_key_norm",
+    ),
 ]
 KNORM = {"scorer": {"name": "knorm"}, "budget": {"tokens": 100}}
+PACKED = {"keys": "int4", "values": "int4"}
 
 
 def test_every_file_in_configs_is_a_known_policy():
@@ -130,7 +139,7 @@ def test_compact_form():
 WRONG = [
     (
         "snapvk",
-        ["'snapvk' is not known", "snapkv, snapkv-fp8, snapkv-int4", "Did you mean 'snapkv'?"],
+        ["'snapvk' is not known", "snapkv, snapkv-demote, snapkv-fp8", "Did you mean 'snapkv'?"],
     ),
     ("", ["policy '' is not known"]),
     ("../configs", ["has the wrong ending", ".yaml, .yml"]),
@@ -225,6 +234,36 @@ WRONG = [
         {"quantize": {"keys": "int4", "values": "kivi4", "rotate": "both"}},
         ["quantize.rotate", "kivi4"],
     ),
+    (
+        {"base": "snapkv-demote", "evict": {"losers": "drop"}},
+        ["quantize.losers", "demote only", "evict.losers: drop", "quantize.losers to null"],
+    ),
+    (
+        {"base": "snapkv-fp8", "evict": {"losers": "demote"}},
+        ["evict.losers: demote", "fp8", "int8 in place"],
+    ),
+    (
+        {"base": "knorm", "evict": {"losers": "demote", "when": {"every_decode_tokens": 8}}},
+        ["evict.losers: demote", "prompt's end only", "every_decode_tokens: 8", "to 0"],
+    ),
+    (
+        {"quantize": {**PACKED, "losers": {"keys": "kivi2", "values": "kivi2"}}},
+        ["quantize.losers", "without evict", "Remove"],
+    ),
+    (
+        {"base": "snapkv-demote", "quantize": {"losers": {"keys": "fp8"}}},
+        ["quantize.losers.keys", "'fp8'", "kivi2"],
+    ),
+    (
+        {"base": "snapkv-demote", "quantize": {"losers": {"rotate": "keys"}}},
+        ["quantize.losers.rotate", "kivi2", "Remove quantize.losers.rotate"],
+    ),
+    (
+        {"base": "snapkv-demote", "quantize": {"losers": {"residual_tokens": 1}}},
+        ["quantize.losers.residual_tokens", "keys, values, group, rotate"],
+    ),
+    ({"base": "snapkv-demote", "quantize": 3}, ["quantize is not valid", "got 3"]),
+    ({"evict": {**KNORM, "losers": "demote"}, "quantize": {}}, ["quantize.keys is missing"]),
     ({"quantize": {"keys": "int4", "values": "int4", "group": 64}}, ["quantize.group", "64"]),
     ({"base": "knorm", "heads": {"plan": "dua"}}, ["heads.plan", "'dua'", "all, duo, razor"]),
     ({"heads": {"plan": "duo"}}, ["number of retrieval heads", "neither", "threshold"]),
@@ -272,7 +311,6 @@ def test_wrong_policy_gives_one_message(source, words):
 
 
 # (source, words) of rules that need the scorer.
-PACKED = {"keys": "int4", "values": "int4"}
 WRONG_TOGETHER = [
     (
         {"base": "streaming_llm", "quantize": PACKED},
@@ -281,6 +319,10 @@ WRONG_TOGETHER = [
     (
         {"base": "knorm", "quantize": PACKED, "evict": {"when": {"every_decode_tokens": 8}}},
         ["evict.when.every_decode_tokens", "packed codecs", "to 0"],
+    ),
+    (
+        "streaming_llm:losers=demote",
+        ["evict.losers: demote", "'position'", "ranks tokens", "logquant"],
     ),
     ("snapkv:every_decode_tokens=16", ["evict.when.every_decode_tokens", "got 16", "allowed: 0"]),
     ("snapkv:window=65", ["recent_tokens is smaller", "64 < 65", "at least 65"]),
@@ -316,6 +358,17 @@ def test_wrong_combination_gives_one_message(source, words):
     message = str(caught.value)
     assert [word for word in words if word not in message] == []
     assert "\n" not in message
+
+
+def test_losers_are_demoted_to_2_bits_and_the_others_stay_exact_by_default():
+    losers = {"keys": "kivi2", "values": "kivi2", "group": "head", "rotate": "none"}
+    short = load_policy("snapkv:losers=demote").quantize
+    partly = load_policy(
+        {"base": "snapkv-int4", "evict": {"losers": "demote"}, "quantize": {"losers": None}}
+    ).quantize
+
+    assert (short.keys, short.values, short.losers.model_dump()) == ("none", "none", losers)
+    assert (partly.keys, partly.values, partly.losers.model_dump()) == ("int4", "int4", losers)
 
 
 def test_streaming_llm_takes_the_budget_that_it_has_anyway():
@@ -384,7 +437,7 @@ def test_any_valid_policy_round_trips(sink_tokens, recent_tokens, scorer_params,
             st.lists(inner, max_size=3)
             | st.dictionaries(
                 st.sampled_from(
-                    ["evict", "base", "scorer", "budget", "when", "tokens", "name", "path", "x"]
+                    ["evict", "base", "scorer", "budget", "losers", "quantize", "name", "path", "x"]
                 ),
                 inner,
                 max_size=4,

@@ -68,7 +68,9 @@ def test_a_policy_s_row_says_its_paper_its_file_its_needs_and_when(info):
     assert file == f"[{info.name}.yaml](configs/{info.name}.yaml)"
     assert needs == (", ".join(sorted(scorer.needs)) or "nothing")
     by_position, by_queries = scorer.selects in ("window", "all"), "queries" in scorer.needs
-    assert decoding == ("every block" if by_position else "no" if by_queries else "if asked")
+    demotes = policy.evict is not None and policy.evict.losers == "demote"
+    once = by_queries or demotes
+    assert decoding == ("every block" if by_position else "no" if once else "if asked")
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.key)

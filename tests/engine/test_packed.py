@@ -162,14 +162,15 @@ def test_the_engine_equals_the_reference_and_holds_the_planned_blocks(name, engi
 def test_a_number_that_no_codec_holds_is_counted_and_held_back(engine_of):
     engine = engine_of(CASES["int4"].policy)
     events = engine.runtime.events
-    write = events.store.write
+    store = events.stores["kv_store"]
+    write = store.write
 
     def with_infinity(pages, table, start, keys, values):
         keys = keys.clone()
         keys[0, 0, 0] = torch.inf
         return write(pages, table, start, keys, values)
 
-    object.__setattr__(events.store, "write", with_infinity)
+    object.__setattr__(store, "write", with_infinity)
 
     traces = engine.run([mixed_prompts()[5]], 40)
 

@@ -10,6 +10,7 @@ import torch
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.integration import compat, engine
 from vllm_kvpress.integration.lanes import StagingSpec, plan_in, private_lanes
@@ -20,6 +21,7 @@ STOCK = FullAttentionSpec(**SHAPE)
 PLANS = {
     "window": RetentionPlan(16, 4, 64, 68, None, store=False),
     "store": RetentionPlan(16, 4, 64, 256, None),
+    "demoted": DemotingPlan(16, 4, 64, 256, None, query_window=8, queries_per_block=4),
     "queries": RetentionPlan(16, 4, 64, 256, None, query_window=8, queries_per_block=4),
     "positions": RetentionPlan(
         16, 4, 64, 256, None, every_decode_tokens=32, positions_per_block=512

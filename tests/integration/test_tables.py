@@ -84,7 +84,7 @@ class Batch:
     def expected(self):
         """[block ids] and length of each request, by lists."""
         for row, (prompt, start, new) in enumerate(self.rows):
-            heads, first, _ = self.plan.layout(prompt, start)
+            heads, first, *_ = self.plan.layout(prompt, start)
             end = start + new
             source = self.store if self.plan.store else self.staging
             blocks = source[row].tolist()[:heads]

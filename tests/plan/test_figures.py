@@ -70,8 +70,8 @@ def test_figures_worked_by_hand():
     # SnapKV on 4-token blocks: 30 prompt tokens, 12 kept: the open block has 2, the store 2 blocks.
     plan = RetentionPlan(4, 1, 4, 12, None, query_window=4, queries_per_block=2)
 
-    assert plan.layout(30, 29) == (0, 0, 0)
-    assert plan.layout(30, 30) == (2, 7, 0)
+    assert plan.layout(30, 29) == (0, 0, 0, 0)
+    assert plan.layout(30, 30) == (2, 7, 0, 0)
     assert plan.due_event(30, 20, 30) == 30
     assert plan.freed_staging(30, 30) == (0, 7)
     # 8 blocks of staging up to 32, 2 of the store, 2 of queries.

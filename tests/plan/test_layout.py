@@ -30,7 +30,7 @@ def run_and_compare(plan, prompt, steps):
     size = plan.block_size
     blocks_gone: set[int] = set()
     for start, end in steps:
-        heads, first, _ = plan.layout(prompt, start)
+        heads, first, *_ = plan.layout(prompt, start)
         events_before = len(slow.events)
         seen = slow.step(start, end)
         assert plan.physical_tokens(prompt, start, end) == seen
@@ -102,11 +102,12 @@ def test_vectorised_layouts_equal_the_scalar_ones(plan, rows):
     prompts = as_array(*(prompt for prompt, _ in rows))
     starts = as_array(*(start for _, start in rows))
 
-    heads, firsts, packed = plan_rows.layouts(plan, prompts, starts)
+    columns = plan_rows.layouts(plan, prompts, starts)
 
-    assert heads.dtype == firsts.dtype == np.int64
+    assert all(column.dtype == np.int64 for column in columns)
     expected = [tuple(plan.layout(prompt, start)) for prompt, start in rows]
-    assert list(zip(heads.tolist(), firsts.tolist(), packed.tolist(), strict=True)) == expected
+    found = (column.tolist() for column in columns)
+    assert list(zip(*found, strict=True)) == expected
 
 
 @settings(max_examples=300, deadline=None)
@@ -153,14 +154,14 @@ def test_sizes_stay_within_the_budget(plan, prompt, outputs):
 @given(plans(), LENGTHS, st.integers(0, 60))
 def test_layouts_only_move_forward(plan, prompt, outputs):
     layouts = [plan.layout(prompt, x) for x in range(prompt + outputs + 1)]
-    gaps = [first - heads for heads, first, _ in layouts]
+    gaps = [first - heads for heads, first, *_ in layouts]
 
-    assert [first for _, first, _ in layouts] == sorted(first for _, first, _ in layouts)
+    assert [first for _, first, *_ in layouts] == sorted(first for _, first, *_ in layouts)
     assert all(gap >= 0 for gap in gaps)
-    assert all(layout == (0, 0, 0) for layout in layouts[:prompt])
+    assert all(not any(layout) for layout in layouts[:prompt])
     needs = [plan.store_need(prompt, x) for x in range(prompt + outputs + 1)]
     assert needs == sorted(needs)
-    for heads, first, _ in layouts:
+    for heads, first, *_ in layouts:
         # Whole blocks only: dropping nothing is written as (0, 0) or as equal counts.
         assert heads <= first or heads == 0
 

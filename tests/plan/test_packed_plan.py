@@ -11,7 +11,8 @@ from vllm_kvpress import plan_rows
 from vllm_kvpress.config import load_policy
 from vllm_kvpress.errors import CapacityError
 from vllm_kvpress.layout import PackedFormat, SideFormat
-from vllm_kvpress.packed_plan import PackedPlan, make_plan
+from vllm_kvpress.packed_plan import PackedPlan
+from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import resolve
 
 CHUNKS = st.lists(st.integers(1, 40), max_size=6)
@@ -105,7 +106,7 @@ def replay_of(total, chunks):
 
 def follow(plan, prompt, steps):
     request, start_layout = SlowRequest(plan, prompt), plan.layout(prompt, 0)
-    assert start_layout == (0, 0, 0)
+    assert start_layout == (0, 0, 0, 0)
     before, stored, events = plan.exact_tokens, 0, 0
     for start, end in steps:
         request.step(start, end)
@@ -124,7 +125,7 @@ def follow(plan, prompt, steps):
             assert move.append_at == stored
             stored += move.append_end - move.append_start
             before = move.append_end
-        head, first, tokens = plan.layout(prompt, end)
+        head, first, tokens, _ = plan.layout(prompt, end)
         assert tokens == len(request.store) == stored
         size = plan.block_size
         if first:
@@ -171,6 +172,16 @@ def test_vectorised_rows_equal_the_scalar_plan(plan, rows):
             assert not plan.due_event(prompt, start, end)
         if start >= prompt:
             assert plan.layout(prompt, int(until[index])) != plan.layout(prompt, start)
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(), st.integers(1, 90))
+def test_bounds_cover_every_split_of_a_length(plan, total):
+    bound = -(-total // plan.block_size) + plan.store_bound(total)
+
+    for prompt in range(1, total + 1):
+        ends = range(prompt, min(total, prompt + 2) + 1)
+        assert max(plan.blocks_held(prompt, end) for end in ends) <= bound
 
 
 @settings(max_examples=200, deadline=None)

@@ -9,6 +9,7 @@ import torch
 from vllm_kvpress.errors import ScoreError
 from vllm_kvpress.policies.scorers.keydiff import KeyDiffScorer
 from vllm_kvpress.policies.scorers.knorm import KnormScorer
+from vllm_kvpress.policies.scorers.logquant import LogQuantScorer
 from vllm_kvpress.policies.scorers.position import PositionScorer
 from vllm_kvpress.policies.scorers.random import RandomScorer
 from vllm_kvpress.policies.scorers.snapkv import SnapKVScorer
@@ -17,6 +18,7 @@ from vllm_kvpress.policies.scorers.value_key_norm import ValueKeyNormScorer
 ALL = [
     PositionScorer(),
     RandomScorer(seed=5),
+    LogQuantScorer(),
     KnormScorer(),
     KeyDiffScorer(),
     ValueKeyNormScorer(),
@@ -83,6 +85,16 @@ def random(obs, scorer):
     ]
 
 
+def logquant(obs, _):
+    def window(position, last):
+        doublings = 0
+        while position and position % 2 ** (doublings + 1) == 0:
+            doublings += 1
+        return (last - position) / (doublings + 1) if position else 0.0
+
+    return [[-window(p, max(row)) for p in row] for row in obs.positions.tolist()]
+
+
 def snapkv(obs, scorer):
     num_kv_heads, num_tokens, _ = obs.keys.shape
     group = obs.queries.shape[0] // num_kv_heads
@@ -117,6 +129,7 @@ FORMULAS = [
     (KeyDiffScorer(), keydiff),
     (RandomScorer(seed=0), random),
     (RandomScorer(seed=2**31 - 1), random),
+    (LogQuantScorer(), logquant),
     (SnapKVScorer(window=8, pool=1), snapkv),
     (SnapKVScorer(window=8, pool=5), snapkv),
     (SnapKVScorer(window=8, pool=13, pooling="max"), snapkv),
@@ -269,3 +282,42 @@ def test_random_follows_the_token_not_its_slot(observe):
     compacted = dataclasses.replace(obs, keys=obs.keys[:, kept], positions=obs.positions[:, kept])
 
     assert torch.equal(RandomScorer().score(compacted), RandomScorer().score(obs)[:, kept])
+
+
+def logquant_lists(window, num_tokens):
+    """The positions that LogQuant's two lists hold after a prompt, by its own procedure."""
+    log, local = [], list(range(num_tokens))
+    while len(log + local) >= 3 * window:
+        both = log + local
+        log, local = both[: 2 * window : 2], both[2 * window :]
+    return log + local
+
+
+def test_the_lists_are_those_of_the_published_example():
+    assert logquant_lists(8, 100) == [0, 64, 72, 76, 80, 82, 84, 86, *range(88, 100)]
+
+
+@pytest.mark.parametrize("window", [8, 16, 64])
+@pytest.mark.parametrize("num_windows", [3, 4, 7, 12, 20])
+def test_logquant_keeps_what_its_two_lists_hold(observe, window, num_windows):
+    """In all windows that have a token or more left, but for a prompt's first."""
+    num_tokens = window * num_windows
+    obs = observe(num_tokens=num_tokens)
+    obs = dataclasses.replace(obs, positions=torch.arange(num_tokens).repeat(2, 1))
+
+    scores = LogQuantScorer().score(obs)[0]
+
+    kept = (scores > -window).nonzero().flatten().tolist()
+
+    lists = logquant_lists(window, num_tokens)
+    first = max(window, num_tokens - window * window.bit_length())
+    assert [p for p in kept if p >= first] == [p for p in lists if p >= first]
+    assert kept[0] == lists[0] == 0
+
+
+def test_logquant_follows_the_token_not_its_slot(observe):
+    obs = observe()
+    kept = torch.tensor([0, 3, 17, 49])
+    compacted = dataclasses.replace(obs, keys=obs.keys[:, kept], positions=obs.positions[:, kept])
+
+    assert torch.equal(LogQuantScorer().score(compacted), LogQuantScorer().score(obs)[:, kept])

@@ -14,7 +14,7 @@ from torch import Tensor
 from reference.dense import DenseLlama, Rule, Run, pick
 from reference.scorers import SCORERS
 
-__all__ = ["PackedRule", "round_channels", "round_tokens"]
+__all__ = ["DemotingRule", "PackedRule", "round_channels", "round_tokens"]
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,52 @@ class PackedRun(Run):
                     kept, flips = pick(positions, scores, forced, candidates, count, given)
                     self.kept[key] = kept
                     self.flips += flips
-                    self.visible[layer, head, first:closed] = False
-                    self.visible[layer, head, kept] = True
+                    self._lose(layer, head, sorted({*range(first, closed)} - {*kept}))
                 self._round(layer, head, torch.tensor(kept, dtype=torch.int64))
 
-    def _round(self, layer: int, head: int, positions: Tensor) -> None:
+    def _lose(self, layer: int, head: int, positions: list[int]) -> None:
+        self.visible[layer, head, positions] = False
+
+    def _round(
+        self, layer: int, head: int, positions: Tensor, rule: PackedRule | None = None
+    ) -> None:
+        rule = rule or self.rule
         for side, cache in enumerate((self.keys, self.values)):
-            cache[layer][positions, head] = self.rule.rounded(side, cache[layer][positions, head])
+            cache[layer][positions, head] = rule.rounded(side, cache[layer][positions, head])
+
+
+@dataclass(frozen=True)
+class DemotingRule(PackedRule):
+    """A policy that rounds what its scorer rejects more coarsely, instead of hiding it.
+
+    Attributes:
+        losers: How they are rounded; the rest of that rule says nothing.
+    """
+
+    losers: PackedRule | None = None
+
+    def run(self, model: DenseLlama, prompt_len: int, *args: Any) -> "DemotingRun":
+        return DemotingRun(model, self, prompt_len, *args)
+
+    def demoted(self, prompt_len: int) -> int:
+        """Returns how many tokens of each head are demoted: as many as fill groups of 32."""
+        assert self.losers is not None
+        closed = self.closed(prompt_len) - self.first
+        rejected = closed - super().survivors(prompt_len)
+        grouped = self.key_channels or self.losers.key_channels
+        return rejected // 32 * 32 if grouped else rejected
+
+    def survivors(self, prompt_len: int) -> int:
+        return self.closed(prompt_len) - self.first - self.demoted(prompt_len)
+
+
+class DemotingRun(PackedRun):
+    """The cache of one request, rounded in two ways; every token stays visible."""
+
+    rule: DemotingRule
+
+    def _lose(self, layer: int, head: int, positions: list[int]) -> None:
+        self._round(layer, head, torch.tensor(positions), self.rule.losers)
 
 
 def round_tokens(x: Tensor, bits: int, group: int) -> Tensor:

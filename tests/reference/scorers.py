@@ -61,6 +61,16 @@ def value_key_norm(seen: Observation) -> Tensor:
     return seen.values.float().norm(dim=-1) / seen.keys.float().norm(dim=-1)
 
 
+def logquant(seen: Observation) -> Tensor:
+    """Returns minus the least window that keeps the token: its distance over zero bits + 1."""
+    last = int(seen.positions.max())
+    windows = []
+    for position in seen.positions.tolist():
+        zeros = f"{position:b}"[::-1].find("1")
+        windows.append(0.0 if position == 0 else (last - position) / (zeros + 1))
+    return -torch.tensor(windows)
+
+
 def snapkv(seen: Observation, window: int = 32, pool: int = 5, pooling: str = "avg") -> Tensor:
     """Returns pooled attention of the last queries, averaged; the window itself scores +inf."""
     queries = seen.prompt_queries[-window:].float()
@@ -94,6 +104,7 @@ def _shifted(raw: Tensor, offset: int, pooling: str) -> Tensor:
 SCORERS: dict[str, Callable[..., Tensor]] = {
     "keydiff": keydiff,
     "knorm": knorm,
+    "logquant": logquant,
     "random": random,
     "snapkv": snapkv,
     "value_key_norm": value_key_norm,

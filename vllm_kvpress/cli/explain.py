@@ -10,6 +10,7 @@ from vllm_kvpress.cli.model_shape import ModelShape, read_model_shape
 from vllm_kvpress.cli.vllm_words import parse_vllm_words
 from vllm_kvpress.config import Policy, load_policy
 from vllm_kvpress.conflict_table import ALLOWED, FP8_DTYPES, refused_options
+from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import ConfigError, ConflictError, shown
 from vllm_kvpress.layout import (
     DTYPE_BYTES,
@@ -18,8 +19,9 @@ from vllm_kvpress.layout import (
     positions_per_block,
     queries_per_block,
 )
-from vllm_kvpress.packed_plan import PackedPlan, make_plan
+from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import RetentionPlan
+from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import Scorer, resolve, store_format
 from vllm_kvpress.policies.heads import HeadPlan, HeadShape, resolve_heads
 
@@ -64,9 +66,7 @@ def explain(
         dtype=model_shape.dtype,
     )
     cache = replace(full_cache, dtype=_cache_dtype(policy, model_shape, options))
-    cells = store_format(
-        policy.quantize, cache.num_kv_heads, cache.head_size, 8 * DTYPE_BYTES[model_shape.dtype]
-    )
+    cells = _cells(policy, model_shape, cache)
     plan = _plan(policy, scorer, model_shape, cache, cells)
     num_prompt, num_output = _lengths(limit, prompt_tokens, output_tokens)
 
@@ -122,12 +122,23 @@ def _cache_dtype(policy: Policy, model_shape: ModelShape, options: dict[str, str
     return model_shape.dtype
 
 
+def _cells(policy: Policy, shape: ModelShape, cache: CacheShape) -> dict[str, PackedFormat]:
+    """Returns the packed cells of the store and of what is demoted, where the policy has them."""
+    quantize, bits = policy.quantize, 8 * DTYPE_BYTES[shape.dtype]
+    both = {"packed": quantize, "demoted": quantize and quantize.losers}
+    formats = {
+        name: store_format(codecs, cache.num_kv_heads, cache.head_size, bits)
+        for name, codecs in both.items()
+    }
+    return {name: one for name, one in formats.items() if one is not None}
+
+
 def _plan(
     policy: Policy,
     scorer: Scorer,
     model_shape: ModelShape,
     cache: CacheShape,
-    cells: PackedFormat | None,
+    cells: dict[str, PackedFormat],
 ) -> RetentionPlan:
     plan = make_plan(
         policy,
@@ -140,7 +151,8 @@ def _plan(
             DTYPE_BYTES[model_shape.dtype],
         ),
         positions_per_block=positions_per_block(cache.page_bytes, cache.num_kv_heads),
-        cells=cells,
+        cells=cells.get("packed"),
+        loser_cells=cells.get("demoted"),
         page_bytes=cache.page_bytes,
     )
     plan.check()
@@ -211,6 +223,8 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
     table.add_row("when", " and ".join(events))
     moved = "quantized once" if isinstance(plan, PackedPlan) else "moved as they are"
     table.add_row("where", f"in a store of the request's own, per layer and KV head, {moved}")
+    if isinstance(plan, DemotingPlan):
+        table.add_row("the others", "in a second store, at fewer bits: no token is evicted")
     return table
 
 
@@ -218,6 +232,9 @@ def _add_precision(table: Table, policy: Policy, plan: PackedPlan, cache: CacheS
     quantize = policy.quantize
     assert quantize is not None
     table.add_row("precision", f"keys {quantize.keys}, values {quantize.values}")
+    if quantize.losers is not None:
+        losers = quantize.losers
+        table.add_row("of the others", f"keys {losers.keys}, values {losers.values}")
     exact = (
         f"{cache.dtype}: the prompt until it ends, then the newest {plan.residual_tokens} tokens"
     )
@@ -241,7 +258,7 @@ def _blocks_table(
     shape: ModelShape,
     num_prompt: int,
     num_output: int,
-    cells: PackedFormat | None,
+    cells: dict[str, PackedFormat],
 ) -> Table:
     total = num_prompt + num_output
     full = -(-total // plan.block_size)
@@ -249,13 +266,15 @@ def _blocks_table(
     steady = plan.steady_blocks(num_prompt, num_output)
     block_bytes = [cache.page_bytes * shape.num_full_layers for cache in caches]
     token_bytes = [num_bytes // plan.block_size for num_bytes in block_bytes]
-    packed = [] if cells is None else [round(cells.bytes_per_token * shape.num_full_layers)]
+    packed = {
+        name: round(one.bytes_per_token * shape.num_full_layers) for name, one in cells.items()
+    }
     pools = [_POOL_REQUESTS * full * block_bytes[0] // one for one in block_bytes]
     running = plan.requests_at_once(pools[1], num_prompt, num_output)
     start = total - 1
     rows = (
         ("bytes per token held", *(f"{num_bytes:,}" for num_bytes in token_bytes)),
-        *(("bytes per token packed", "-", f"{num_bytes:,}") for num_bytes in packed),
+        *((f"bytes per token {name}", "-", f"{size:,}") for name, size in packed.items()),
         ("tokens that attention reads", total, plan.physical_tokens(num_prompt, start, total)),
         ("blocks at the prompt's end (peak)", -(-num_prompt // plan.block_size), peak),
         ("blocks while it generates", full, steady),
@@ -275,6 +294,8 @@ def _blocks_table(
 
 def _advice(plan: RetentionPlan, num_prompt: int, num_output: int) -> str:
     keeps_all = isinstance(plan, PackedPlan) and not plan.evicts_tokens
+    if isinstance(plan, DemotingPlan):
+        keeps_all = plan.losers(num_prompt) > 0
     if not keeps_all and plan.physical_tokens(
         num_prompt, num_prompt + num_output - 1, num_prompt + num_output
     ) == (num_prompt + num_output):

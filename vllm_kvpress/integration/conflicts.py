@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from vllm_kvpress.config import Policy
 from vllm_kvpress.conflict_table import FP8_DTYPES, REFUSED, Refusal
 from vllm_kvpress.errors import ConflictError, UnsupportedModelError
-from vllm_kvpress.packed_plan import make_plan
+from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import resolve
 
 if TYPE_CHECKING:

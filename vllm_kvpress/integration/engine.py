@@ -62,6 +62,7 @@ def _register_specs() -> None:
     pairs: list[tuple[type[KVCacheSpec], type[SingleTypeKVCacheManager]]] = [
         (lanes.StagingSpec, managers.StagingManager),
         (lanes.StoreSpec, managers.StoreManager),
+        (lanes.DemotedSpec, managers.DemotedManager),
         (lanes.QuerySpec, managers.QueryManager),
         (lanes.PositionSpec, managers.PositionManager),
     ]

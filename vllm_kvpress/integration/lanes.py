@@ -6,6 +6,7 @@ of layer i in each of them. Private lanes read those bytes in their own way.
 
     staging    exact K/V at natural positions; prefix-cacheable
     store      survivors of an event, sorted by position; private to the request
+    demoted    what an event rejected, at fewer bits, sorted by position; private to the request
     queries    the last `query_window` prompt queries, until the event has read them; private
     positions  the store's token positions, for scorers that need them while decoding; private
 
@@ -22,11 +23,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
+from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.layout import PackedFormat, positions_per_block, queries_per_block
-from vllm_kvpress.packed_plan import make_plan
 from vllm_kvpress.plan import RetentionPlan
+from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import store_format
+from vllm_kvpress.schema import Codecs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,16 @@ class StoreSpec(PrivateSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DemotedSpec(PrivateSpec):
+    """Losers, in packed cells."""
+
+    plan: DemotingPlan = field(metadata={"kvpress": True})
+
+    def blocks_at(self, num_tokens: int) -> int:
+        return self.plan.demoted_bound(num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuerySpec(PrivateSpec):
     """The observation window's queries."""
 
@@ -144,20 +157,23 @@ def plan_of(
         block_size=spec.block_size,
         queries_per_block=queries,
         positions_per_block=positions_per_block(spec.page_size_bytes, spec.num_kv_heads),
-        cells=cells_of(policy, spec),
+        cells=cells_of(policy.quantize, spec),
+        loser_cells=cells_of(policy.quantize and policy.quantize.losers, spec),
         page_bytes=spec.page_size_bytes,
     )
 
 
-def cells_of(policy: Any, spec: FullAttentionSpec) -> PackedFormat | None:
+def cells_of(codecs: Codecs | None, spec: FullAttentionSpec) -> PackedFormat | None:
     """Returns the cells in which layers of this shape store tokens, or None if nothing is packed.
+
+    Args:
+        codecs: Of one store: the policy's `quantize`, or its `losers`.
+        spec: The layer's stock spec.
 
     Raises:
         UnsupportedModelError: keys and values differ in their channels.
     """
-    cells = store_format(
-        policy.quantize, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize * 8
-    )
+    cells = store_format(codecs, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize * 8)
     if cells is not None and spec.head_size_v != spec.head_size:
         raise UnsupportedModelError(
             "packed codecs need keys and values of equal size",
@@ -174,6 +190,8 @@ def private_lanes(plan: RetentionPlan) -> dict[str, type[PrivateSpec]]:
         lanes["kv_queries"] = QuerySpec
     if plan.positions_per_block:
         lanes["kv_positions"] = PositionSpec
+    if isinstance(plan, DemotingPlan):
+        lanes["kv_demoted"] = DemotedSpec
     if plan.store:
         lanes["kv_store"] = StoreSpec
     return lanes

@@ -20,6 +20,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
 )
 
+from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.integration.lanes import LaneSpec, PrivateSpec
 from vllm_kvpress.plan import RetentionPlan
 
@@ -177,6 +178,15 @@ class StoreManager(PrivateManager):
 
     def need(self, num_prompt_tokens: int, end: int) -> int:
         return self.plan.store_need(num_prompt_tokens, end)
+
+
+class DemotedManager(PrivateManager):
+    """Losers: taken when the prompt's end is due, kept until the request ends."""
+
+    plan: DemotingPlan
+
+    def need(self, num_prompt_tokens: int, end: int) -> int:
+        return self.plan.demoted_need(num_prompt_tokens, end)
 
 
 class PositionManager(PrivateManager):

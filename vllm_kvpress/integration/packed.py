@@ -1,9 +1,9 @@
 """Packed stores in the engine: events that encode, and attention over packed cells and staging.
 
 Until the end of its prompt a request is read by the stock kernel. From its first event on it has
-two parts: packed cells, which every query sees whole, and staging's open blocks, in which the
-queries' own tokens are the last. A step in which any request has packed cells is computed here for
-all its requests. This is the PyTorch form, for CPU.
+several parts: packed cells of one or two stores, which every query sees whole, and staging's open
+blocks, in which the queries' own tokens are the last. A step in which any request has packed cells
+is computed here for all its requests. This is the PyTorch form, for CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.integration.cells import CellStore
@@ -24,9 +25,10 @@ from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEven
 from vllm_kvpress.integration.lanes import cells_of
 from vllm_kvpress.integration.pages import PageMap
 from vllm_kvpress.integration.plugin import policy_of
-from vllm_kvpress.packed_plan import PackedPlan
+from vllm_kvpress.packed_plan import Move, PackedPlan
 from vllm_kvpress.policies import Scorer, select_tokens
 from vllm_kvpress.policies.codecs import group_channels, make_codec
+from vllm_kvpress.schema import Codecs
 
 logger = init_logger("vllm.kvpress")
 
@@ -228,24 +230,25 @@ class PackedEventRunner(EventRunner):
                 allowed="quantize fp8 on a GPU",
                 fix="Use a policy with quantize fp8, or without quantize",
             )
-        self.store = _store_of(vllm_config, layers[0])
-        self.attention = PackedAttention({"kv_store": self.store}, page_map, layers)
+        self.stores = _stores_of(vllm_config, layers[0])
+        self.attention = PackedAttention(self.stores, page_map, layers)
         self.nonfinite = 0
 
     def _run_layer(self, event: PendingEvent, layer: LayerPages) -> None:
         move = self.plan.move(event.num_prompt_tokens, event.start, event.event)
-        if move.survivors:
-            self._select(event, layer, move.survivors, move.select_end)
+        if move.survivors or move.losers:
+            self._select(event, layer, move)
         if move.append_end > move.append_start:
-            keys, values = self._staged(event, layer, move.append_start, move.append_end)
-            self._write(event, layer, move.append_at, keys, values)
+            tokens = self._staged(event, layer, move.append_start, move.append_end)
+            self._write("kv_store", event, layer, move.append_at, *tokens)
 
-    def _select(self, event: PendingEvent, layer: LayerPages, num_survivors: int, end: int) -> None:
+    def _select(self, event: PendingEvent, layer: LayerPages, move: Move) -> None:
         plan, prompt = self.plan, event.num_prompt_tokens
         keys, values = self._staged(event, layer, 0, prompt)
-        exact = plan.exact_tokens
+        exact, end = plan.exact_tokens, move.select_end
+        num_survivors = move.survivors or 0
         if num_survivors == end - exact:
-            self._write(event, layer, 0, keys[:, exact:end], values[:, exact:end])
+            self._write("kv_store", event, layer, 0, keys[:, exact:end], values[:, exact:end])
             return
         heads = self.page_map.num_kv_heads
         positions = torch.arange(prompt).expand(heads, -1)
@@ -258,8 +261,11 @@ class PackedEventRunner(EventRunner):
             num_candidates=end - exact,
             context=self._label(layer),
         )
-        index = kept[:, :, None].expand(-1, -1, self.page_map.head_dim)
-        self._write(event, layer, 0, keys.gather(1, index), values.gather(1, index))
+        self._write("kv_store", event, layer, 0, _gathered(keys, kept), _gathered(values, kept))
+        if move.losers:
+            lost = _complement(kept, exact, end)
+            tokens = _gathered(keys, lost), _gathered(values, lost)
+            self._write("kv_demoted", event, layer, 0, *tokens)
         if self.observer is not None:
             self.observer(replace(event, event=prompt), layer.layer_idx, kept)
 
@@ -274,14 +280,17 @@ class PackedEventRunner(EventRunner):
 
     def _write(
         self,
+        lane: str,
         event: PendingEvent,
         layer: LayerPages,
         start: int,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        table = event.tables["kv_store"].long()
-        found = self.store.write(page_bytes(layer), table, start, keys, values)
+        if not keys.shape[1]:
+            return
+        table = event.tables[lane].long()
+        found = self.stores[lane].write(page_bytes(layer), table, start, keys, values)
         if found and not self.nonfinite:
             logger.warning(
                 "KV policy: NaN or infinity in keys or values of layer %d, stored as 0 and the "
@@ -291,19 +300,38 @@ class PackedEventRunner(EventRunner):
         self.nonfinite += found
 
 
-def _store_of(vllm_config: VllmConfig, layer: LayerPages) -> CellStore:
+def _gathered(numbers: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Returns `numbers`, [num_kv_heads, num_tokens, head_size], at int64 [num_kv_heads, n]."""
+    return numbers.gather(1, positions[:, :, None].expand(-1, -1, numbers.shape[2]))
+
+
+def _complement(kept: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Returns the positions of [start, end) that are not kept, ascending in each row."""
+    lost = torch.ones(len(kept), end - start, dtype=torch.bool, device=kept.device)
+    lost.scatter_(1, kept - start, False)
+    return start + lost.nonzero()[:, 1].view(len(kept), -1)
+
+
+def _stores_of(vllm_config: VllmConfig, layer: LayerPages) -> dict[str, CellStore]:
+    """Returns what reads and writes each lane of packed cells."""
     policy = policy_of(vllm_config)
     assert policy is not None
     assert policy.quantize is not None
-    quantize, dtype = policy.quantize, layer.pages.dtype
     spec = layer.layer.get_kv_cache_spec(vllm_config)
-    cells = cells_of(policy, spec)
+    stores = {"kv_store": _store_of(policy.quantize, spec, layer.pages.dtype)}
+    if policy.quantize.losers is not None:
+        stores["kv_demoted"] = _store_of(policy.quantize.losers, spec, layer.pages.dtype)
+    return stores
+
+
+def _store_of(codecs: Codecs, spec: FullAttentionSpec, dtype: torch.dtype) -> CellStore:
+    cells = cells_of(codecs, spec)
     assert cells is not None
-    group = group_channels(quantize)
+    group = group_channels(codecs)
     return CellStore(
         cells,
-        make_codec(quantize.keys, "keys", group=group, dtype=dtype),
-        make_codec(quantize.values, "values", group=group, dtype=dtype),
-        rotate_keys=quantize.rotate != "none",
-        rotate_values=quantize.rotate == "both",
+        make_codec(codecs.keys, "keys", group=group, dtype=dtype),
+        make_codec(codecs.values, "values", group=group, dtype=dtype),
+        rotate_keys=codecs.rotate != "none",
+        rotate_values=codecs.rotate == "both",
     )

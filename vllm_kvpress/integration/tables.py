@@ -67,13 +67,15 @@ class BatchLayout:
         head_blocks: Whole blocks in front, int64 [num_reqs].
         gaps: Logical blocks that are left out, int64 [num_reqs].
         gap_tokens: The same in tokens, int32 [num_reqs].
-        store_tokens: Tokens in packed cells, int64 [num_reqs].
+        store_tokens: Tokens in the store's packed cells, int64 [num_reqs].
+        demoted_tokens: Tokens in packed cells of losers, int64 [num_reqs].
     """
 
     head_blocks: np.ndarray
     gaps: np.ndarray
     gap_tokens: np.ndarray
     store_tokens: np.ndarray
+    demoted_tokens: np.ndarray
 
     @classmethod
     def of(
@@ -87,15 +89,14 @@ class BatchLayout:
             starts: Computed tokens at the start of the step, int64 [num_real_reqs].
             num_reqs: Rows of the step, padding included.
         """
-        heads, firsts, packed = plan_rows.layouts(plan, prompts, starts)
+        heads, firsts, stored, demoted = plan_rows.layouts(plan, prompts, starts)
         if not firsts.any():
             return None
-        head_blocks, gaps, store_tokens = np.zeros((3, num_reqs), np.int64)
-        head_blocks[: len(heads)] = heads
-        gaps[: len(heads)] = firsts - heads
-        store_tokens[: len(heads)] = packed
+        columns = np.zeros((4, num_reqs), np.int64)
+        columns[:, : len(heads)] = heads, firsts - heads, stored, demoted
+        head_blocks, gaps, store_tokens, demoted_tokens = columns
         gap_tokens = (gaps * plan.block_size).astype(np.int32)
-        return cls(head_blocks, gaps, gap_tokens, store_tokens)
+        return cls(head_blocks, gaps, gap_tokens, store_tokens, demoted_tokens)
 
 
 @dataclass(frozen=True, eq=False)

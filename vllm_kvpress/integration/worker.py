@@ -233,7 +233,8 @@ class LaneRuntime:
         physical = self._physical.replace(common, layout, None)
         if layout is None:
             return Step(physical, window)
-        packed = self.packed.step(physical, self.tables, {"kv_store": layout.store_tokens})
+        num_tokens = {"kv_store": layout.store_tokens, "kv_demoted": layout.demoted_tokens}
+        packed = self.packed.step(physical, self.tables, num_tokens)
         return Step(physical, window, packed)
 
     def capture_step(self, common: CommonAttentionMetadata) -> Step:

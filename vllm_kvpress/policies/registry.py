@@ -28,6 +28,7 @@ _SCORERS = "vllm_kvpress.policies.scorers"
 _BUILT_IN = {
     "keydiff": f"{_SCORERS}.keydiff:KeyDiffScorer",
     "knorm": f"{_SCORERS}.knorm:KnormScorer",
+    "logquant": f"{_SCORERS}.logquant:LogQuantScorer",
     "position": f"{_SCORERS}.position:PositionScorer",
     "random": f"{_SCORERS}.random:RandomScorer",
     "snapkv": f"{_SCORERS}.snapkv:SnapKVScorer",

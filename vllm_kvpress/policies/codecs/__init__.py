@@ -23,7 +23,7 @@ from vllm_kvpress.policies.codecs.exact import ExactCodec
 from vllm_kvpress.policies.codecs.kivi import GROUP, KiviKeyCodec
 from vllm_kvpress.policies.codecs.rotation import hadamard, rotate
 from vllm_kvpress.policies.codecs.uniform import UniformCodec
-from vllm_kvpress.schema import Quantize
+from vllm_kvpress.schema import Codecs
 from vllm_kvpress.sources import nearest
 
 __all__ = [
@@ -122,18 +122,18 @@ def packed_format(
 
 
 def store_format(
-    quantize: Quantize | None, num_kv_heads: int, head_size: int, dtype_bits: int
+    codecs: Codecs | None, num_kv_heads: int, head_size: int, dtype_bits: int
 ) -> PackedFormat | None:
-    """Returns the cells that a policy's `quantize` asks for; None if it packs nothing."""
-    if quantize is None or quantize.is_fp8:
+    """Returns the cells that a policy asks for, of one store; None if it packs nothing."""
+    if codecs is None or codecs.is_fp8:
         return None
-    group = group_channels(quantize)
-    return packed_format(quantize.keys, quantize.values, group, num_kv_heads, head_size, dtype_bits)
+    group = group_channels(codecs)
+    return packed_format(codecs.keys, codecs.values, group, num_kv_heads, head_size, dtype_bits)
 
 
-def group_channels(quantize: Quantize) -> int:
+def group_channels(codecs: Codecs) -> int:
     """Returns the channels that share a scale in int8 and int4; 0 for the whole head."""
-    return 0 if quantize.group == "head" else quantize.group
+    return 0 if codecs.group == "head" else codecs.group
 
 
 def _side_format(name: str, side: Side, group: int, head_size: int, dtype_bits: int) -> SideFormat:

@@ -1,0 +1,77 @@
+"""Which retention plan a policy has: the one place that chooses among the plan's classes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvpress.demoting_plan import DemotingPlan
+from vllm_kvpress.packed_plan import GROUP_TOKENS, PackedPlan
+from vllm_kvpress.plan import RetentionPlan
+
+if TYPE_CHECKING:
+    from vllm_kvpress.config import Policy
+    from vllm_kvpress.layout import PackedFormat
+    from vllm_kvpress.policies.scorer import Scorer
+    from vllm_kvpress.schema import Codecs
+
+
+def make_plan(
+    policy: Policy,
+    scorer: Scorer,
+    *,
+    block_size: int,
+    queries_per_block: int = 1,
+    positions_per_block: int = 1,
+    cells: PackedFormat | None = None,
+    loser_cells: PackedFormat | None = None,
+    page_bytes: int = 0,
+) -> RetentionPlan:
+    """Returns the plan of `policy` for an engine with the given geometry.
+
+    Args:
+        policy: The policy.
+        scorer: Its scorer.
+        block_size: Tokens in a block.
+        queries_per_block: Query rows that fit in one block of the query lane.
+        positions_per_block: Kept positions that fit in one block of the position lane.
+        cells: The store's cells if the policy packs; without them the counts of blocks are
+            not to be relied on.
+        loser_cells: The cells of what is demoted, if the policy demotes.
+        page_bytes: Bytes of one block of one layer.
+    """
+    plan = RetentionPlan.from_policy(
+        policy,
+        scorer,
+        block_size=block_size,
+        queries_per_block=queries_per_block,
+        positions_per_block=positions_per_block,
+    )
+    quantize = policy.quantize
+    if quantize is None or quantize.is_fp8:
+        return plan
+    packed = PackedPlan(
+        **_fields(plan),
+        residual_tokens=quantize.residual,
+        exact_sinks=quantize.exact_sinks,
+        group_tokens=_group_tokens(quantize),
+        cell_tokens=cells.cell_tokens if cells else block_size,
+        num_kv_heads=cells.num_kv_heads if cells else 1,
+        cells_per_page=cells.cells_per_page(page_bytes) if cells else 1,
+    )
+    if quantize.losers is None:
+        return packed
+    return DemotingPlan(
+        **_fields(packed),
+        loser_group_tokens=_group_tokens(quantize.losers),
+        loser_cell_tokens=loser_cells.cell_tokens if loser_cells else block_size,
+        loser_cells_per_page=loser_cells.cells_per_page(page_bytes) if loser_cells else 1,
+    )
+
+
+def _group_tokens(codecs: Codecs) -> int:
+    return GROUP_TOKENS if codecs.has_channel_groups else 1
+
+
+def _fields(plan: RetentionPlan) -> dict[str, Any]:
+    return {field.name: getattr(plan, field.name) for field in fields(plan)}
