@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from vllm_kvpress.calibration.attention import Heads, attending, full_attention, streaming_mask
 from vllm_kvpress.calibration.documents import draw_sample
 from vllm_kvpress.calibration.duo import DuoSettings, Sample, train_gates
-from vllm_kvpress.errors import ConfigError
+from vllm_kvpress.errors import ConfigError, UnsupportedModelError
 
 SETTINGS = DuoSettings(
     model="tiny", steps=60, length=96, sink_tokens=2, recent_tokens=8, learning_rate=0.05
@@ -122,6 +123,36 @@ def test_our_full_attention_is_the_models_own(tiny_llama):
         found = tiny_llama(ids).logits
 
     torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_layers_with_a_sliding_window_keep_it(tmp_path):
+    config = MistralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=8,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    ids = torch.arange(3, 40)[None]
+    expected = model(ids).logits
+
+    with attending(model, full_attention):
+        found = model(ids).logits
+
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_our_attention_does_not_compute_is_refused():
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+
+    with (
+        attending(model, full_attention),
+        pytest.raises(UnsupportedModelError, match="models with capped logits"),
+    ):
+        model(torch.arange(3, 40)[None])
 
 
 def test_attention_under_a_mask_is_softmax_over_what_it_shows():

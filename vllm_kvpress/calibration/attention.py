@@ -80,7 +80,7 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
 
     Raises:
         UnsupportedModelError: the model does not take its attention from transformers' registry, or
-            caps its logits.
+            caps its logits, or has learned sinks.
     """
     from transformers import AttentionInterface
 
@@ -92,11 +92,13 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
         attention_mask: Tensor | None = None,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        if softcap is not None:
-            raise UnsupportedModelError("calibrate-heads does not take models with capped logits")
+        if softcap is not None or s_aux is not None:
+            what = "capped logits" if s_aux is None else "learned attention sinks"
+            raise UnsupportedModelError(f"calibrate-heads does not take models with {what}")
         group = query.shape[1] // key.shape[1]
         heads = Heads(
             module.layer_idx,

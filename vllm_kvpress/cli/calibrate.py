@@ -97,7 +97,8 @@ def _run(arguments: argparse.Namespace) -> None:
             arguments.method, arguments.model, out, options, console, plot=not arguments.no_plot
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
+        where = "at its last checkpoint" if arguments.method == "duo" else "from the beginning"
+        print(f"interrupted; the same command starts {where}", file=sys.stderr)
         raise SystemExit(130) from None
     _print(console, arguments.method, scores, out)
 
