@@ -10,6 +10,11 @@ def model_path() -> Path:
     return Path(__file__).resolve().parent / "model"
 
 
+def head_pattern(method: str) -> Path:
+    """Return the bundled model's pattern file by a method, ``duo`` or ``razor``."""
+    return Path(__file__).resolve().parent / "heads" / f"{method}.tsv"
+
+
 def resolve_model(name: str) -> str:
     """Return what to load for a model's name.
 
