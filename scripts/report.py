@@ -21,12 +21,16 @@ from records import REPOSITORY, RESULTS, Record, read_record
 from vllm_kvpress.evaluation.estimates import SURE
 from vllm_kvpress.evaluation.grid import FLOOR
 from vllm_kvpress.evaluation.grid import FULL as EVAL_FULL
+from vllm_kvpress.evaluation.items import num_prompts
 from vllm_kvpress.evaluation.records import Results, by_cell, read_results
-from vllm_kvpress.evaluation.tables import memory_share, not_better_than_floor
+from vllm_kvpress.evaluation.tables import difference, memory_share, not_better_than_floor
 
 README = REPOSITORY / "README.md"
 FULL = "none"
 HEADLINE_POLICY = "snapkv"
+MEMORY_LEGEND = (
+    "Memory: bytes of a request when it was last scheduled, as a share of the full cache's."
+)
 LABELS = {FULL: "full cache", EVAL_FULL: "full cache"}
 
 Result = dict[str, Any]
@@ -123,16 +127,43 @@ def quality_table(results: Results) -> str:
         row += [percentage(found.get(cell), doubtful) for cell in cells]
         rows.append([*row, f"{100 * statistics.fmean(shares):.0f}"])
     header = ["policy", "kept", *(f"{task}, {length}" for task, length in cells), "memory, %"]
-    settings, engine = records[-1]["settings"], records[-1]["engine"]
     note = (
-        f"Per cent of {settings['limit']} documents answered right (± standard error), the same "
-        f"for all, greedy. Memory: bytes of a request when it was last scheduled, as a share of "
-        f"the full cache's. †: not better than `{FLOOR}` at the same ratio by {SURE:g} standard "
-        f"errors of the paired difference. Model `{settings['model']}`, {engine['dtype']}, block "
-        f"size {engine['block_size']}, {engine['device']}, vLLM {settings['versions']['vllm']}, "
-        f"{records[-1]['date_utc']}: `{records[-1]['command']}`."
+        f"Per cent of {records[-1]['settings']['limit']} documents answered right (± standard "
+        f"error), the same for all, greedy. {MEMORY_LEGEND} †: not better than `{FLOOR}` at the "
+        f"same ratio by {SURE:g} standard errors of the paired difference. {evaluated(records)}"
     )
     return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def codec_quality_table(results: Results) -> str:
+    """Return what each policy loses against the full cache, answer by answer; a row a policy."""
+    records = results.records
+    (((task, length), cell),) = by_cell(records).items()
+    rows = []
+    for record in cell:
+        held = memory_share(records, record)
+        rows.append([label(record["policy"]), f"{record['keep_ratio']:g}"])
+        rows[-1] += [f"{100 * record['accuracy']:.1f}", difference(cell, record, EVAL_FULL)]
+        rows[-1].append("-" if held is None else f"{100 * held:.0f}")
+    number = num_prompts(task) * records[-1]["settings"]["limit"]
+    note = (
+        f"Per cent of {number:,} questions (task `{task}`, {length} tokens, "
+        f"{records[-1]['settings']['limit']} documents) answered right, the same for all, greedy, "
+        f"and the paired difference in points; ± one standard error over documents. "
+        f"{MEMORY_LEGEND} {evaluated(records)}"
+    )
+    header = ["policy", "kept", "right, %", "minus full cache", "memory, %"]
+    return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def evaluated(records: Sequence[Result]) -> str:
+    """Return the sentence that says where the numbers of an evaluation come from."""
+    settings, engine = records[-1]["settings"], records[-1]["engine"]
+    return (
+        f"Model `{settings['model']}`, {engine['dtype']}, block size {engine['block_size']}, "
+        f"{engine['device']}, vLLM {settings['versions']['vllm']}, {records[-1]['date_utc']}: "
+        f"`{records[-1]['command']}`."
+    )
 
 
 def label(policy: str) -> str:
@@ -198,6 +229,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], str]]] = {
     "cost": ("cpu_cost.json", read_record, cost_table),
     "quality": ("cpu_quality", read_results, quality_table),
     "tasks": ("cpu_tasks", read_results, quality_table),
+    "codec-quality": ("cpu_codec_quality", read_results, codec_quality_table),
 }
 
 

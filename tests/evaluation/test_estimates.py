@@ -65,3 +65,12 @@ def test_a_paired_difference_of_few_equal_items_is_uncertain():
 def test_unpaired_scores_are_refused(ours, theirs):
     with pytest.raises(ValueError, match="same items"):
         estimate_difference(ours, theirs)
+
+
+def test_an_item_of_many_answers_can_differ_by_less():
+    same = [0.5] * 100
+
+    whole, eighth = (estimate_difference(same, same, step) for step in (1.0, 1 / 8))
+
+    assert whole.mean == eighth.mean == 0
+    assert eighth.standard_error == pytest.approx(whole.standard_error / 8)

@@ -55,6 +55,19 @@ def test_the_readme_gets_the_table_between_its_markers(repository):
     assert "| `knorm` | 0.25 | 25 ± 2† | 25 |" in text
 
 
+def test_codecs_are_compared_with_the_full_cache_question_by_question(repository):
+    write_results(repository / "results" / "cpu_codec_quality")
+    name = "<!-- results:codec-quality -->"
+    (repository / "README.md").write_text(f"{name}\n{name.replace('results', '/results')}\n")
+
+    assert run(repository).returncode == 0
+
+    text = (repository / "README.md").read_text()
+    assert "| full cache | 1 | 100.0 | - | 100 |" in text
+    assert "| `knorm` | 0.25 | 25.0 | -75.0 ± 34.2 | 25 |" in text
+    assert "Per cent of 4 questions (task `needle`, 2048 tokens, 4 documents)" in text
+
+
 def test_check_fails_on_a_readme_that_differs_and_changes_nothing(repository):
     old = (repository / "README.md").read_text()
 

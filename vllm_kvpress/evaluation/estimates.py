@@ -54,11 +54,18 @@ def wilson_interval(right: float, n: int, z: float = 1.96) -> tuple[float, float
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def estimate_difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+def estimate_difference(
+    ours: Sequence[float], theirs: Sequence[float], step: float = 1.0
+) -> Estimate:
     """Return the mean of `ours - theirs`, item by item, with the error of the paired difference.
 
-    One difference of 1 and one of -1 are added to the items before the error is taken, so that
-    equal results on a few items do not claim to be certain.
+    The least possible difference is added to the items once each way before the error is taken, so
+    that equal results on a few items do not claim to be certain.
+
+    Args:
+        ours: A score for each item.
+        theirs: Of the same items.
+        step: The least difference that two scores of an item can have: 1 over its answers.
 
     Raises:
         ValueError: The two are not of the same items.
@@ -67,7 +74,7 @@ def estimate_difference(ours: Sequence[float], theirs: Sequence[float]) -> Estim
         raise ValueError("paired scores must be of the same items")
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
     mean = sum(differences) / len(differences)
-    return Estimate(mean, _error_with_two_more(differences, -1.0, 1.0), len(differences))
+    return Estimate(mean, _error_with_two_more(differences, -step, step), len(differences))
 
 
 def _error_with_two_more(values: Sequence[float], low: float, high: float) -> float:

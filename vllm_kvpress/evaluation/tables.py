@@ -7,9 +7,17 @@ from pathlib import Path
 
 from vllm_kvpress.evaluation.estimates import SURE, Estimate, estimate_difference
 from vllm_kvpress.evaluation.grid import FLOOR, FULL
+from vllm_kvpress.evaluation.items import num_prompts
 from vllm_kvpress.evaluation.records import Record, Results, by_cell
 
-__all__ = ["REPORT_NAME", "floor_lines", "not_better_than_floor", "report_text", "write_report"]
+__all__ = [
+    "REPORT_NAME",
+    "difference",
+    "floor_lines",
+    "not_better_than_floor",
+    "report_text",
+    "write_report",
+]
 
 REPORT_NAME = "report.md"
 _MARK = "†"
@@ -110,8 +118,8 @@ def _row(cell: Sequence[Record], record: Record, flagged: bool) -> list[str]:
         "full cache" if record["policy"] == FULL else f"`{record['policy']}`",
         f"{record['keep_ratio']:g}",
         f"{100 * record['accuracy']:.1f} ± {error:.1f}{_MARK if flagged else ''}",
-        _difference(cell, record, FULL),
-        _difference(cell, record, FLOOR),
+        difference(cell, record, FULL),
+        difference(cell, record, FLOOR),
         f"{record['blocks']['peak']:.1f}",
         f"{record['blocks']['steady']:.1f}",
         "-" if share is None else f"{100 * share:.0f}",
@@ -122,11 +130,13 @@ def _row(cell: Sequence[Record], record: Record, flagged: bool) -> list[str]:
     ]
 
 
-def _difference(cell: Sequence[Record], record: Record, baseline: str) -> str:
+def difference(cell: Sequence[Record], record: Record, baseline: str) -> str:
+    """Return the paired difference in points with its standard error; a dash for the baselines."""
     other = _other(cell, record, baseline)
     if other is None or record["policy"] in (FULL, baseline):
         return "-"
-    found = estimate_difference(record["scores"], other["scores"])
+    step = 1 / num_prompts(record["task"])
+    found = estimate_difference(record["scores"], other["scores"], step)
     return f"{100 * found.mean:+.1f} ± {100 * found.standard_error:.1f}"
 
 
