@@ -74,15 +74,10 @@ class Engine:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all layers of one rank; lanes of a layer share them."""
+        """Bytes of one block in all layers of one rank; all cache groups share them."""
         config = self.scheduler.kv_cache_config
-        shared: dict[str, int] = {}
-        for group in config.kv_cache_groups:
-            for name in group.layer_names:
-                spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name)
-                spec = group.kv_cache_spec if spec is None else spec
-                shared[name.partition(".kv_")[0]] = spec.page_size_bytes
-        return sum(shared.values())
+        (pool_bytes,) = {tensor.size for tensor in config.kv_cache_tensors}
+        return int(pool_bytes // config.num_blocks)
 
     def answer(self, items: Sequence[Item], num_tokens: int, tell: Any) -> Any:
         """Generate greedily for all prompts at once; return the outputs and what was seen."""
