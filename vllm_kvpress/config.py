@@ -98,6 +98,13 @@ class Policy(Part):
                 "tokens only",
                 allowed="at least 1",
             )
+        if self.heads.plan != "all" and self.layers.skip:
+            raise ConfigError(
+                "layers.skip does not go with heads.plan, which names heads of every layer",
+                got=f"layers.skip {list(self.layers.skip)}, plan: {self.heads.plan}",
+                allowed="layers.skip: [] with a head plan",
+                fix="Make every head of those layers a retrieval head",
+            )
         if self.evict is None:
             return self._check_without_evict()
         self._check_losers(self.evict)

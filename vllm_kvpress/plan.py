@@ -35,6 +35,7 @@ from vllm_kvpress.errors import CapacityError
 if TYPE_CHECKING:
     from vllm_kvpress.config import Policy
     from vllm_kvpress.policies.scorer import Scorer
+    from vllm_kvpress.skip_groups import SkippedGroups
 
 
 class Layout(NamedTuple):
@@ -72,6 +73,7 @@ class RetentionPlan:
         queries_per_block: Query rows that fit in one block of the query lane.
         positions_per_block: Kept positions (for all KV heads) that fit in one block of the
             position lane; 0 if the scorer needs no positions.
+        skipped: The cache groups of the layers that the policy leaves alone, if any.
     """
 
     block_size: int
@@ -85,6 +87,7 @@ class RetentionPlan:
     query_window: int = 0
     queries_per_block: int = 0
     positions_per_block: int = 0
+    skipped: SkippedGroups | None = None
 
     @classmethod
     def from_policy(
@@ -330,6 +333,8 @@ class RetentionPlan:
         held += self.position_need(num_prompt_tokens, end)
         if not self.queries_freed(num_prompt_tokens, settled):
             held += self.query_need(num_prompt_tokens, end)
+        if self.skipped is not None:
+            held += self.skipped.blocks(end)
         return held
 
     def peak_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvpress.demoting_plan import DemotingPlan
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm_kvpress.layout import PackedFormat
     from vllm_kvpress.policies.scorer import Scorer
     from vllm_kvpress.schema import Codecs
+    from vllm_kvpress.skip_groups import SkippedGroups
 
 
 def make_plan(
@@ -26,6 +27,7 @@ def make_plan(
     cells: PackedFormat | None = None,
     loser_cells: PackedFormat | None = None,
     page_bytes: int = 0,
+    skipped: SkippedGroups | None = None,
 ) -> RetentionPlan:
     """Returns the plan of `policy` for an engine with the given geometry.
 
@@ -39,6 +41,7 @@ def make_plan(
             not to be relied on.
         loser_cells: The cells of what is demoted, if the policy demotes.
         page_bytes: Bytes of one block of one layer.
+        skipped: The cache groups of the layers that the policy leaves alone, if any.
     """
     plan = RetentionPlan.from_policy(
         policy,
@@ -47,6 +50,7 @@ def make_plan(
         queries_per_block=queries_per_block,
         positions_per_block=positions_per_block,
     )
+    plan = replace(plan, skipped=skipped)
     quantize = policy.quantize
     if quantize is None or quantize.is_fp8:
         return plan

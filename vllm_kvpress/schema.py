@@ -359,12 +359,22 @@ class Heads(Part):
 
 
 class Layers(Part):
-    """Which layers the policy leaves alone."""
+    """Which layers the policy leaves alone: they keep every token, as stock vLLM does."""
 
     skip: Annotated[
-        list[int],
-        Field(max_length=0, description="[] (skipping layers is not in this version)"),
-    ] = []
+        tuple[Annotated[int, Field(ge=0, le=MAX_INT)], ...],
+        Field(strict=False, description="a list of layer indices from 0 on, like [0, 1]"),
+    ] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Layers":
+        if len(set(self.skip)) < len(self.skip):
+            raise ConfigError(
+                "layers.skip names a layer twice",
+                got=shown(list(self.skip)),
+                allowed="each index once",
+            )
+        return self
 
 
 # Where each part of a policy stands: by the last component of its field's name, all unlike.

@@ -156,6 +156,31 @@ def test_explain_counts_both_stores_of_a_policy_that_demotes(run, model):
     assert "nothing of it is evicted" not in out
 
 
+def test_explain_counts_the_blocks_of_skipped_layers(run, model, tmp_path):
+    words = ("--model", model(), "--prompt-tokens", "8000", "--output-tokens", "500")
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: snapkv\nlayers: {skip: [0, 1]}\n")
+    plain, out = run("explain", "snapkv", *words)[1], run("explain", str(file), *words)[1]
+
+    _, blocks = figures(plain, "blocks while it generates")
+    # Two layers of 32: blocks of 208 tokens, 13 times those of the 30 others.
+    assert figures(out, "blocks while it generates") == [532, blocks + -(-8500 // 208)]
+    assert figures(out, "bytes per token held") == [131072, 131072]
+    assert "layers 0, 1, every token, in blocks of 208 tokens" in out
+    _, stock, pool = figures(out, "blocks in ")
+    assert pool == stock * 32 // 30
+
+
+def test_explain_of_a_layer_that_the_model_does_not_have(run, model, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: snapkv\nlayers: {skip: [32]}\n")
+
+    code, _, err = run("explain", str(file), "--model", model())
+
+    assert (code, err.count("\n")) == (2, 1)
+    assert "layers.skip names a layer that the model does not have; got [32]" in err
+
+
 @pytest.mark.parametrize("policy", ["streaming_llm", "random", "knorm", "keydiff", "snapkv"])
 def test_explain_works_for_every_policy_on_the_bundled_model(run, policy):
     code, out, err = run("explain", policy, "--model", "testbed")

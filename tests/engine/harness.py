@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "skip_tokenizer_init": True,
 }
 TAKES_GIVEN = {"logits_processors": ["vllm_kvpress.evaluation.forced:ForcedOutputs"]}
-SHARED_LANES = ("StagingSpec", "FullAttentionSpec", "SlidingWindowSpec")
+SHARED_LANES = ("StagingSpec", "FullAttentionSpec", "SlidingWindowSpec", "SkippedSpec")
 
 
 @dataclass

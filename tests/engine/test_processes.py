@@ -10,7 +10,9 @@ from engine.cases import CASES, LENGTHS, mixed_prompts
 from engine.child import Job, in_child
 from engine.compare import TOLERANCE, compare, expected_blocks
 from engine.harness import Trace
+from engine.test_demoted import CASES as DEMOTED
 from engine.test_packed import CASES as PACKED
+from engine.test_skipped import CASES as SKIPPED
 from engine.workers import serve, write_spy
 
 CHUNK = 64
@@ -90,10 +92,14 @@ def check_packed(report, dense, case):
         pytest.param("kivi2", "v2", True, marks=only_full),
         pytest.param("snapkv-kivi2", "v1", True, marks=only_full),
         pytest.param("none-kivi2", "v2", False, marks=only_full),
+        pytest.param("snapkv-int4-kivi2", "v2", True, marks=only_full),
+        pytest.param("skipped-snapkv", "v2", True, marks=only_full),
+        pytest.param("skipped-kivi2", "v2", False, marks=only_full),
     ],
 )
-def test_packed_stores(name, runner, asynchronous, tiny, dense, tmp_path):
-    case = PACKED[name]
+def test_packed_stores_and_skipped_layers(name, runner, asynchronous, tiny, dense, tmp_path):
+    skipped = {f"skipped-{name}": case for name, case in SKIPPED.items()}
+    case = {**PACKED, **DEMOTED, **skipped}[name]
 
     report = in_child(job(tiny, case, runner=runner, asynchronous=asynchronous), tmp_path)
 

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 import vllm_kvpress
 from vllm_kvpress.conflict_table import REFUSED, refused_options
-from vllm_kvpress.errors import ConflictError, KVPressError, UnsupportedModelError
+from vllm_kvpress.errors import ConfigError, ConflictError, KVPressError, UnsupportedModelError
 from vllm_kvpress.integration import compat, conflicts, plugin
 
 MODEL = Path(vllm_kvpress.__file__).parent / "testbed" / "model"
@@ -297,3 +297,16 @@ def test_option_names_of_the_table_exist_in_vllm():
 )
 def test_options_as_typed_are_checked_without_vllm(options, refused):
     assert sorted(row.key for _, row in refused_options(options)) == sorted(refused)
+
+
+@pytest.mark.parametrize(
+    ("skip", "words"),
+    [([1, 4], ["got [4]", "0 to 3"]), ([0, 1, 2, 3], ["every layer", "does nothing"])],
+)
+def test_skipped_layers_are_those_of_the_model(skip, words):
+    policy = {"base": "knorm", "layers": {"skip": skip}}
+
+    with pytest.raises(ConfigError) as caught:
+        config_of(additional_config={"kv_policy": policy})
+
+    assert [word for word in words if word not in str(caught.value)] == []

@@ -1,5 +1,6 @@
 """Cache groups: one for each lane, private ones first, every group as wide as a lane."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,15 @@ pytest.importorskip("vllm")
 import torch
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.integration import compat, engine
 from vllm_kvpress.integration.lanes import StagingSpec, plan_in, private_lanes
+from vllm_kvpress.integration.skipped import SkippedSpec
 from vllm_kvpress.plan import RetentionPlan
+from vllm_kvpress.skip_groups import skipped_groups_of
 
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 STOCK = FullAttentionSpec(**SHAPE)
@@ -106,6 +110,69 @@ def test_layers_of_one_lane_with_different_specs_are_refused():
 
     with pytest.raises(AssertionError, match="equal specs"):
         kv_cache_utils.get_kv_cache_groups(config(), specs)
+
+
+def with_skipped(skip, num_layers):
+    """A config of block-outermost pages, and the specs of a model whose policy skips layers."""
+    skipped = skipped_groups_of(skip, num_layers, STOCK.block_size, STOCK.page_size_bytes)
+    plan = replace(PLANS["queries"], skipped=skipped)
+    specs = specs_of(plan, num_layers)
+    for layer in skip:
+        for name in [name for name in specs if name.startswith(f"layers.{layer}.")]:
+            del specs[name]
+        specs[f"layers.{layer}.attn"] = SkippedSpec.of(STOCK, skipped)
+    found = config()
+    found.cache_config = SimpleNamespace(
+        get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
+        num_gpu_blocks_override=None,
+        prefix_cache_retention_interval=None,
+    )
+    found.attention_config = SimpleNamespace(hisparse_config=None)
+    return found, specs, skipped
+
+
+@pytest.mark.parametrize(
+    ("skip", "num_layers", "widths", "tokens"),
+    [
+        ([0, 1], 32, [2], 208),
+        ([0, 31], 32, [2], 208),
+        ([3], 4, [1], 48),
+        (range(0, 32, 2), 32, [16], 16),
+        (range(12), 32, [4, 4, 4], 80),
+        ([0, 1, 2], 4, [1, 1, 1], 16),
+    ],
+)
+def test_skipped_layers_have_groups_of_their_own(skip, num_layers, widths, tokens):
+    found, specs, skipped = with_skipped(skip, num_layers)
+
+    groups = kv_cache_utils.get_kv_cache_groups(found, specs)
+
+    alone = [group for group in groups if isinstance(group.kv_cache_spec, SkippedSpec)]
+    assert groups[: len(alone)] == alone
+    assert isinstance(groups[-1].kv_cache_spec, StagingSpec)
+    assert [len(group.layer_names) for group in alone] == widths
+    assert {group.kv_cache_spec.block_size for group in alone} == {tokens}
+    names = [name for group in alone for name in group.layer_names]
+    assert sorted(names) == sorted(f"layers.{layer}.attn" for layer in skip)
+    assert {len(group.layer_names) for group in groups[len(alone) :]} == {num_layers - len(skip)}
+
+    # vLLM's own arithmetic: what a block has, and how much of it is used.
+    sizes = kv_cache_utils.get_kv_cache_config_from_groups(found, groups, 10**9)
+    page = STOCK.page_size_bytes
+    strides = {tensor.block_stride for tensor in sizes.kv_cache_tensors}
+    assert strides == {skipped.block_bytes}
+    used = widths[0] * tokens // 16 * page
+    assert max(used, (num_layers - len(skip)) * page) == skipped.block_bytes
+    offsets = {tensor.offset for tensor in sizes.kv_cache_tensors}
+    assert offsets == {0}
+
+
+def test_skipped_layers_beside_sliding_windows_are_refused():
+    found, specs, _ = with_skipped([0], 4)
+    specs["layers.9.attn"] = SlidingWindowSpec(**SHAPE, sliding_window=128)
+
+    with pytest.raises(UnsupportedModelError, match="layers of other kinds"):
+        kv_cache_utils.get_kv_cache_groups(found, specs)
 
 
 @pytest.mark.parametrize("num_sliding", [0, 2])

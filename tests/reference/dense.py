@@ -36,6 +36,7 @@ class Rule:
         every: distance of decode events; 0 for none.
         scorer: a name in `SCORERS`; "full" never evicts, "window" is StreamingLLM.
         params: the scorer's parameters.
+        skip: layers that see and keep everything.
     """
 
     block_size: int
@@ -47,6 +48,7 @@ class Rule:
     prompt_end: bool = True
     every: int = 0
     params: dict = field(default_factory=dict)
+    skip: tuple[int, ...] = ()
 
     def budget_of(self, prompt_len: int) -> int:
         """Returns the tokens kept for a prompt of this length."""
@@ -334,6 +336,7 @@ class Run:
     ) -> None:
         self.model = model
         self.rule = rule
+        self.layers = [layer for layer in range(model.num_layers) if layer not in rule.skip]
         self.prompt_len = prompt_len
         self.forced_kept = forced_kept
         self.kept = kept
@@ -373,14 +376,15 @@ class Run:
         num_keys = keys.shape[0]
         causal = torch.ones(len(q), num_keys, dtype=torch.bool).tril(num_keys - len(q))
         seen = self.visible[layer].repeat_interleave(group, dim=0)[:, None, :] & causal
-        seen &= self.rule.window(self.prompt_len, start, num_keys)
+        if layer not in self.rule.skip:
+            seen &= self.rule.window(self.prompt_len, start, num_keys)
         scores = torch.einsum("qhd,khd->hqk", q, keys) * self.model.head_dim**-0.5
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, values)
 
     def _evict(self, event: int) -> None:
         closed = event - event % self.rule.block_size
-        for layer in range(self.model.num_layers):
+        for layer in self.layers:
             for head in range(self.model.num_kv_heads):
                 key = (event, layer, head)
                 # An engine leaves out the event of a request's very last step: nothing reads it.

@@ -97,7 +97,7 @@ class PackedRun(Run):
         behind = self.rule.closed(max(start, prompt))
         for first in range(behind, self.rule.closed(end), self.rule.unit):
             closing = torch.arange(first, first + self.rule.unit)
-            for layer in range(self.model.num_layers):
+            for layer in self.layers:
                 for head in range(self.model.num_kv_heads):
                     self._round(layer, head, closing)
         return logprobs
@@ -105,7 +105,7 @@ class PackedRun(Run):
     def _select(self) -> None:
         rule, prompt = self.rule, self.prompt_len
         first, closed, count = rule.first, rule.closed(prompt), rule.survivors(prompt)
-        for layer in range(self.model.num_layers):
+        for layer in self.layers:
             for head in range(self.model.num_kv_heads):
                 positions = torch.arange(prompt)
                 kept = positions[first:closed].tolist()

@@ -24,6 +24,7 @@ from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import Scorer, resolve, store_format
 from vllm_kvpress.policies.heads import HeadPlan, HeadShape, resolve_heads
+from vllm_kvpress.skip_groups import SkippedGroups, check_skipped, skipped_groups_of
 
 __all__ = ["explain"]
 
@@ -66,6 +67,11 @@ def explain(
         dtype=model_shape.dtype,
     )
     cache = replace(full_cache, dtype=_cache_dtype(policy, model_shape, options))
+    check_skipped(
+        policy.layers.skip,
+        model_shape.num_full_layers + model_shape.num_sliding_layers,
+        model_shape.num_sliding_layers,
+    )
     cells = _cells(policy, model_shape, cache)
     plan = _plan(policy, scorer, model_shape, cache, cells)
     num_prompt, num_output = _lengths(limit, prompt_tokens, output_tokens)
@@ -154,6 +160,9 @@ def _plan(
         cells=cells.get("packed"),
         loser_cells=cells.get("demoted"),
         page_bytes=cache.page_bytes,
+        skipped=skipped_groups_of(
+            policy.layers.skip, model_shape.num_full_layers, cache.block_size, cache.page_bytes
+        ),
     )
     plan.check()
     return plan
@@ -198,6 +207,8 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
         _add_precision(table, policy, plan, cache)
     else:
         table.add_row("precision", f"{cache.dtype}, the whole cache")
+    if plan.skipped is not None:
+        table.add_row("left alone", _skipped_text(policy, plan.skipped))
     if policy.evict is None:
         table.add_row(
             "how many", "every token" + ("" if policy.heads.plan == "all" else ", in some heads")
@@ -226,6 +237,14 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
     if isinstance(plan, DemotingPlan):
         table.add_row("the others", "in a second store, at fewer bits: no token is evicted")
     return table
+
+
+def _skipped_text(policy: Policy, skipped: SkippedGroups) -> str:
+    layers = ", ".join(map(str, sorted(policy.layers.skip)))
+    return (
+        f"layers {layers}, every token, in blocks of {skipped.block_size} tokens (prefix hits end "
+        f"there; {skipped.padding:.1%} of a request's memory is padding)"
+    )
 
 
 def _add_precision(table: Table, policy: Policy, plan: PackedPlan, cache: CacheShape) -> None:
@@ -264,11 +283,13 @@ def _blocks_table(
     full = -(-total // plan.block_size)
     peak = plan.peak_blocks(num_prompt, num_output)
     steady = plan.steady_blocks(num_prompt, num_output)
-    block_bytes = [cache.page_bytes * shape.num_full_layers for cache in caches]
-    token_bytes = [num_bytes // plan.block_size for num_bytes in block_bytes]
-    packed = {
-        name: round(one.bytes_per_token * shape.num_full_layers) for name, one in cells.items()
-    }
+    token_bytes = [cache.bytes_per_token * shape.num_full_layers for cache in caches]
+    block_bytes = [num_bytes * plan.block_size for num_bytes in token_bytes]
+    num_layers = shape.num_full_layers
+    if plan.skipped is not None:
+        block_bytes[1] = plan.skipped.block_bytes
+        num_layers -= plan.skipped.num_layers
+    packed = {name: round(one.bytes_per_token * num_layers) for name, one in cells.items()}
     pools = [_POOL_REQUESTS * full * block_bytes[0] // one for one in block_bytes]
     running = plan.requests_at_once(pools[1], num_prompt, num_output)
     start = total - 1

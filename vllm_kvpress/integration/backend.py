@@ -36,8 +36,11 @@ from vllm_kvpress.integration.lanes import (
     plan_of,
     private_lanes,
 )
+from vllm_kvpress.integration.plugin import policy_of
+from vllm_kvpress.integration.skipped import block_outermost, is_skipped, skip_backend
 from vllm_kvpress.integration.worker import LaneRuntime, find_runtime
 from vllm_kvpress.policies import Scorer, resolve
+from vllm_kvpress.skip_groups import SkippedGroups
 
 _MADE: dict[str, type[AttentionBackend]] = {}
 
@@ -51,7 +54,11 @@ def __getattr__(name: str) -> type[AttentionBackend]:
 
 
 def backend_path(
-    inner: type[AttentionBackend], policy: Policy, num_heads: int, dtype: torch.dtype
+    inner: type[AttentionBackend],
+    policy: Policy,
+    num_heads: int,
+    num_layers: int,
+    dtype: torch.dtype,
 ) -> str:
     """Returns the dotted path of the policy's backend over `inner`, made if need be.
 
@@ -59,17 +66,23 @@ def backend_path(
         inner: The stock backend.
         policy: The policy.
         num_heads: Query heads of a layer on this rank.
+        num_layers: Layers of the model.
         dtype: The model's.
     """
-    text = json.dumps([policy.to_json(), num_heads, str(dtype)], sort_keys=True)
+    text = json.dumps([policy.to_json(), num_heads, num_layers, str(dtype)], sort_keys=True)
     name = f"{inner.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if name not in _MADE:
-        _MADE[name] = policy_backend(inner, policy, num_heads, dtype, name)
+        _MADE[name] = policy_backend(inner, policy, num_heads, num_layers, dtype, name)
     return f"{__name__}.{name}"
 
 
 def policy_backend(
-    inner: type[AttentionBackend], policy: Policy, num_heads: int, dtype: torch.dtype, name: str
+    inner: type[AttentionBackend],
+    policy: Policy,
+    num_heads: int,
+    num_layers: int,
+    dtype: torch.dtype,
+    name: str,
 ) -> type[AttentionBackend]:
     """Returns a subclass of the stock backend `inner` that keeps what `policy` keeps."""
     scorer = resolve(policy)
@@ -81,12 +94,15 @@ def policy_backend(
         spec = inner.customize_spec(spec)
         if type(spec) is not FullAttentionSpec:
             return spec
-        return StagingSpec.of(spec, plan_of(policy, scorer, spec, num_heads, dtype))
+        return StagingSpec.of(spec, plan_of(policy, scorer, spec, num_heads, num_layers, dtype))
 
+    # Pages of two sizes lie side by side in a block.
+    layouts = block_outermost(inner) if policy.layers.skip else inner.supported_kv_cache_layouts()
     return type(
         name,
         (inner,),
         {
+            "supported_kv_cache_layouts": classmethod(lambda cls: layouts),
             "__module__": __name__,
             "__qualname__": name,
             "inner": inner,
@@ -167,6 +183,14 @@ def _policy_builder(inner_builder: type[Any]) -> type[Any]:
     return PolicyBuilder
 
 
+def _skip_backend(backend: Any, skipped: SkippedGroups) -> type[AttentionBackend]:
+    name = f"{backend.__name__}_skipped"
+    if name not in _MADE:
+        members = {"__module__": __name__, "__qualname__": name}
+        _MADE[name] = skip_backend(backend.inner, skipped, members)
+    return _MADE[name]
+
+
 class LaneLayer(AttentionLayerBase):
     """A private lane of one attention layer, in the shape of a layer that owns a cache.
 
@@ -224,7 +248,10 @@ def _lane_backend(backend: type[AttentionBackend], lane: str) -> type[AttentionB
 
 
 def add_private_lanes(impl: Any, vllm_config: VllmConfig) -> None:
-    """Adds the private lanes of the layer that owns `impl` to the static forward context."""
+    """Adds the private lanes of the layer that owns `impl` to the static forward context.
+
+    A skipped layer gets none, and the stock impl and backend back.
+    """
     context = vllm_config.compilation_config.static_forward_context
     prefix, base = next(
         (name, layer) for name, layer in context.items() if getattr(layer, "impl", None) is impl
@@ -232,7 +259,14 @@ def add_private_lanes(impl: Any, vllm_config: VllmConfig) -> None:
     runtime = impl.lane_runtime
     if prefix in runtime.layer_names:  # weights were loaded anew
         return
+    backend = base.get_attn_backend()
+    staging = backend.customize_spec(base.get_kv_cache_spec(vllm_config))
+    policy = policy_of(vllm_config)
+    assert policy is not None
+    if is_skipped(prefix, policy.layers.skip):
+        impl.__class__ = backend.inner.get_impl_cls()
+        base.attn_backend = _skip_backend(backend, staging.plan.skipped)
+        return
     runtime.layer_names.append(prefix)
-    staging = base.get_attn_backend().customize_spec(base.get_kv_cache_spec(vllm_config))
     for lane, spec_cls in private_lanes(staging.plan).items():
         context[f"{prefix}.{lane}"] = LaneLayer(lane, spec_cls, base)

@@ -8,6 +8,7 @@ from vllm_kvpress.conflict_table import FP8_DTYPES, REFUSED, Refusal
 from vllm_kvpress.errors import ConflictError, UnsupportedModelError
 from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import resolve
+from vllm_kvpress.skip_groups import check_skipped
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -190,10 +191,17 @@ def check_policy(policy: Policy, config: "VllmConfig") -> None:
 
     Raises:
         CapacityError: the budget cannot hold the forced tokens in blocks of this size.
+        ConfigError: layers.skip does not fit the model.
         ConflictError: the scorer would need what one rank does not have, or the policy has a head
             plan.
     """
     _refuse_head_plan(policy)
+    kinds = getattr(config.model_config.hf_text_config, "layer_types", None) or []
+    check_skipped(
+        policy.layers.skip,
+        config.model_config.get_total_num_hidden_layers(),
+        sum(kind == "sliding_attention" for kind in kinds),
+    )
     scorer = resolve(policy)
     make_plan(policy, scorer, block_size=config.cache_config.block_size).check()
     _check_cache_dtype(policy, config.cache_config.cache_dtype)

@@ -55,7 +55,7 @@ def _register_specs() -> None:
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_kvpress.integration import lanes, managers
+    from vllm_kvpress.integration import lanes, managers, skipped
 
     # vLLM registers its own specs lazily, and only while the registry is empty.
     KVCacheSpecRegistry._ensure_registered()
@@ -65,6 +65,7 @@ def _register_specs() -> None:
         (lanes.DemotedSpec, managers.DemotedManager),
         (lanes.QuerySpec, managers.QueryManager),
         (lanes.PositionSpec, managers.PositionManager),
+        (skipped.SkippedSpec, skipped.SkippedManager),
     ]
     for spec_cls, manager_cls in pairs:
         KVCacheSpecRegistry.register(spec_cls, manager_cls, uniform_type_base_spec=spec_cls)
@@ -91,9 +92,11 @@ def _over_physical_tables(original: Callable[..., str]) -> Callable[..., str]:
         )
         if policy is None or not wanted:
             return path
-        heads = config.model_config.get_num_attention_heads(config.parallel_config)
-        dtype = config.model_config.dtype
-        return backend.backend_path(resolve_obj_by_qualname(path), policy, heads, dtype)
+        model = config.model_config
+        heads = model.get_num_attention_heads(config.parallel_config)
+        layers = model.get_total_num_hidden_layers()
+        inner = resolve_obj_by_qualname(path)
+        return backend.backend_path(inner, policy, heads, layers, model.dtype)
 
     return get_attn_backend_cls
 
@@ -103,16 +106,27 @@ def _group_lanes(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
         from vllm_kvpress.integration.lanes import LaneSpec, StagingSpec
+        from vllm_kvpress.integration.skipped import SkippedSpec, groups_of
 
         lanes: dict[type, list[str]] = {}
+        skipped: dict[str, Any] = {}
         others: dict[str, Any] = {}
         for name, spec in kv_cache_spec.items():
             if isinstance(spec, LaneSpec):
                 lanes.setdefault(type(spec), []).append(name)
+            elif isinstance(spec, SkippedSpec):
+                skipped[name] = spec
             else:
                 others[name] = spec
         if not lanes:
             return original(vllm_config, kv_cache_spec)
+        if skipped and others:
+            raise UnsupportedModelError(
+                "layers.skip is not run beside layers of other kinds",
+                got=", ".join(sorted({type(spec).__name__ for spec in others.values()})),
+                allowed="models whose layers all have full attention",
+                fix="Set layers.skip to []",
+            )
         # The private lanes first: their builders leave their tables for the staging lane's.
         order = sorted(lanes, key=lambda spec_cls: spec_cls is StagingSpec)
         width = len(lanes[StagingSpec])
@@ -128,7 +142,10 @@ def _group_lanes(original: Callable[..., Any]) -> Callable[..., Any]:
                 allowed="models whose layers all have the same KV heads, head size and dtype",
                 fix="Start the engine without the policy",
             )
-        return [KVCacheGroupSpec(n, s) for n, s in zip(groups, merged, strict=True)]
+        # Skipped layers before the staging lane, too.
+        return groups_of(skipped) + [
+            KVCacheGroupSpec(n, s) for n, s in zip(groups, merged, strict=True)
+        ]
 
     return get_kv_cache_groups
 

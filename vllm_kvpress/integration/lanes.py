@@ -30,6 +30,7 @@ from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import store_format
 from vllm_kvpress.schema import Codecs
+from vllm_kvpress.skip_groups import skipped_groups_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,12 @@ class PositionSpec(PrivateSpec):
 
 
 def plan_of(
-    policy: Any, scorer: Any, spec: FullAttentionSpec, num_heads: int, query_dtype: torch.dtype
+    policy: Any,
+    scorer: Any,
+    spec: FullAttentionSpec,
+    num_heads: int,
+    num_layers: int,
+    query_dtype: torch.dtype,
 ) -> RetentionPlan:
     """Returns the plan of `policy` for layers of this shape.
 
@@ -138,6 +144,7 @@ def plan_of(
         scorer: Its scorer.
         spec: The layer's stock spec.
         num_heads: Query heads of the layer on this rank.
+        num_layers: Layers of the model.
         query_dtype: The model's dtype.
     """
     queries = queries_per_block(
@@ -160,6 +167,9 @@ def plan_of(
         cells=cells_of(policy.quantize, spec),
         loser_cells=cells_of(policy.quantize and policy.quantize.losers, spec),
         page_bytes=spec.page_size_bytes,
+        skipped=skipped_groups_of(
+            policy.layers.skip, num_layers, spec.block_size, spec.page_size_bytes
+        ),
     )
 
 

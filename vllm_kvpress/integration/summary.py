@@ -30,7 +30,11 @@ def log_summary(
     policy = policy_of(vllm_config)
     if policy is None or get_tensor_model_parallel_rank() != 0:
         return
-    pool = num_blocks - 1
+    pool = stock_pool = num_blocks - 1
+    skipped = plan.skipped
+    if skipped is not None:
+        # Beside skipped layers a block has not the bytes of a stock one.
+        stock_pool = pool * skipped.block_bytes // skipped.stock_block_bytes
     lines = [
         f"KV policy {policy.name}: {num_layers} layers, blocks of {plan.block_size} tokens, "
         f"pool of {pool} blocks, {_OUTPUT_TOKENS} generated tokens a request",
@@ -39,7 +43,8 @@ def log_summary(
     limit = vllm_config.model_config.max_model_len
     for prompt in sorted({limit // 8, limit // 4, limit // 2, limit - _OUTPUT_TOKENS}):
         if prompt > 0:
-            lines.append(_row(plan, prompt, min(_OUTPUT_TOKENS, limit - prompt), pool))
+            output = min(_OUTPUT_TOKENS, limit - prompt)
+            lines.append(_row(plan, prompt, output, pool, stock_pool))
     logger.info("\n  ".join(lines))
     if not plan.evicts(limit):
         logger.warning(
@@ -49,14 +54,14 @@ def log_summary(
         )
 
 
-def _row(plan: RetentionPlan, prompt: int, output: int, pool: int) -> str:
+def _row(plan: RetentionPlan, prompt: int, output: int, pool: int, stock_pool: int) -> str:
     full = -(-(prompt + output) // plan.block_size)
     figures = (
         (prompt, 13),
         (full, 11),
         (plan.peak_blocks(prompt, output), 7),
         (plan.steady_blocks(prompt, output), 10),
-        (pool // full, 22),
+        (stock_pool // full, 22),
         (plan.requests_at_once(pool, prompt, output), 6),
     )
     return " | ".join(f"{value:>{width}}" for value, width in figures)

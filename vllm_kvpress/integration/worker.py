@@ -29,6 +29,7 @@ from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEven
 from vllm_kvpress.integration.lanes import PrivateSpec, plan_in
 from vllm_kvpress.integration.packed import PackedAttention, PackedEventRunner, PackedStep
 from vllm_kvpress.integration.pages import PageMap, flat_pages
+from vllm_kvpress.integration.skipped import SkippedSpec
 from vllm_kvpress.integration.tables import BatchLayout, PhysicalTables, QueryWindow
 from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import RetentionPlan
@@ -81,6 +82,7 @@ class LaneRuntime:
         layer_names: Attention layers under the policy, in the model's order.
         tables: Block tables of the private lanes in the step being built,
             each int32 [num_reqs, max_blocks].
+        skipped_tables: Block tables of skipped layers in that step, by a group's first layer.
         pending: Events that are due, to be run before the next step.
         plan: The retention plan, once the caches exist.
         events: Runs events; None if the plan has no store.
@@ -92,12 +94,15 @@ class LaneRuntime:
         self.vllm_config = vllm_config
         self.layer_names: list[str] = []
         self.tables: dict[str, torch.Tensor] = {}
+        self.skipped_tables: dict[str, torch.Tensor] = {}
         self.pending: list[PendingEvent] = []
         self.plan: RetentionPlan | None = None
         self._runner: weakref.ref[Any] | None = None
         self.events: EventRunner | None = None
         self.packed: PackedAttention | None = None
         self._pages: list[torch.Tensor] = []
+        # Of each group of skipped layers, by its first layer: tokens in a block, and the pages.
+        self._skipped_pages: dict[str, tuple[int, list[torch.Tensor]]] = {}
         # Whether a private lane leaves bytes that staging, read in its own dtype, takes for NaN.
         self._foreign_bytes = False
         self._physical: PhysicalTables | None = None
@@ -137,6 +142,11 @@ class LaneRuntime:
                 layer.impl.query_pages = queries
             pages.append(LayerPages(name, layer_pages, queries, layer))
         self._pages = [layer_pages.pages for layer_pages in pages]
+        for group in groups:
+            if isinstance(group.kv_cache_spec, SkippedSpec):
+                caches = [context[name].kv_cache for name in group.layer_names]
+                flat = [flat_pages(cache) for cache in caches]
+                self._skipped_pages[group.layer_names[0]] = caches[0].shape[2], flat
         quantized = self._pages[0].dtype != dtype
         self._foreign_bytes = bool(
             isinstance(plan, PackedPlan)
@@ -211,13 +221,9 @@ class LaneRuntime:
         is gone may have written into a block that has a new owner.
         """
         assert self.plan is not None
-        size = self.plan.block_size
-        last = (rows.ends - 1) // size
-        fresh = np.flatnonzero((rows.ends % size != 0) & (rows.starts <= last * size))
-        if len(fresh):
-            blocks = common.block_table_tensor[fresh.tolist(), last[fresh].tolist()].long()
-            for pages in self._pages:
-                pages[blocks] = 0
+        _clear_fresh(rows, self.plan.block_size, common.block_table_tensor, self._pages)
+        for name, (size, pages) in self._skipped_pages.items():
+            _clear_fresh(rows, size, self.skipped_tables[name], pages)
 
     def _step(
         self,
@@ -266,6 +272,15 @@ class LaneRuntime:
                         tables={lane: table[row].clone() for lane, table in self.tables.items()},
                     )
                 )
+
+
+def _clear_fresh(rows: Rows, size: int, table: torch.Tensor, pages: list[torch.Tensor]) -> None:
+    last = (rows.ends - 1) // size
+    fresh = np.flatnonzero((rows.ends % size != 0) & (rows.starts <= last * size))
+    if len(fresh):
+        blocks = table[fresh.tolist(), last[fresh].tolist()].long()
+        for layer_pages in pages:
+            layer_pages[blocks] = 0
 
 
 def find_runtime(vllm_config: VllmConfig) -> LaneRuntime | None:
