@@ -21,7 +21,12 @@ from vllm.v1.request import Request, RequestStatus
 from managers.worker import Run, Worker
 from vllm_kvpress.integration.lanes import StagingSpec, private_lanes
 
-LANES = {"kv_queries": "queries", "kv_positions": "positions", "kv_store": "store"}
+LANES = {
+    "kv_queries": "queries",
+    "kv_positions": "positions",
+    "kv_store": "store",
+    "kv_demoted": "demoted",
+}
 STREAMS = 3
 
 
@@ -318,6 +323,8 @@ class Simulation:
             "positions": plan.position_need(prompt, end),
             "queries": 0 if released else plan.query_need(prompt, end),
         }
+        if "demoted" in self.names:
+            expected["demoted"] = plan.demoted_need(prompt, end)
         for name in self.names[:-1]:
             held = self.lanes[name].req_to_blocks.get(request_id, [])
             assert sum(not b.is_null for b in held) == expected[name], name

@@ -64,8 +64,12 @@ class LaneSpec(FullAttentionSpec):
         """Returns the most blocks that this lane holds for a sequence of this length."""
         raise NotImplementedError
 
+    def most_blocks_at(self, num_tokens: int) -> int:
+        """Returns the blocks without which a request of this length might never be computed."""
+        return self.blocks_at(num_tokens)
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        blocks = self.blocks_at(vllm_config.model_config.max_model_len)
+        blocks = self.most_blocks_at(vllm_config.model_config.max_model_len)
         return max(1, blocks) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
@@ -101,6 +105,10 @@ class StoreSpec(PrivateSpec):
 
     def blocks_at(self, num_tokens: int) -> int:
         return self.plan.store_bound(num_tokens)
+
+    def most_blocks_at(self, num_tokens: int) -> int:
+        # A preempted request computes prompt and outputs at once, and holds both, exact and stored.
+        return self.plan.store_pages_most(num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
