@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.testbed import MODEL_NAME, resolve_model
 from vllm_kvpress.testbed.documents import Document, Question, Task, is_correct, make_document
@@ -119,11 +120,13 @@ class Engine:
         return self.core.model_executor.driver_worker.worker.model_runner
 
     @property
-    def plan(self) -> RetentionPlan | None:
-        """The policy's retention plan; None for stock vLLM."""
+    def plan(self) -> RetentionPlan | HeadFigures | None:
+        """What a request holds under the policy; None for stock vLLM."""
+        from vllm_kvpress.integration.head_attention import figures_of
         from vllm_kvpress.integration.lanes import plan_in
 
-        return plan_in(self.runner.kv_cache_config.kv_cache_groups)
+        config = self.runner.vllm_config
+        return plan_in(self.runner.kv_cache_config.kv_cache_groups) or figures_of(config)
 
     @property
     def pool_bytes(self) -> int:

@@ -30,6 +30,9 @@ FIGURES = {
     f"{OURS}.plan_rows",
     f"{OURS}.layout",
     f"{OURS}.conflict_table",
+    f"{OURS}.window_plan",
+    f"{OURS}.head_groups",
+    f"{OURS}.head_figures",
 }
 PLANS = {f"{OURS}.plan", f"{OURS}.packed_plan", f"{OURS}.demoting_plan"}
 
@@ -47,6 +50,10 @@ TABLE = {
     "skip_groups": (set(), {f"{OURS}.errors"}),
     "planner": (set(), PLANS),
     "plan_rows": ({"numpy"}, PLANS),
+    "window_plan": (set(), set()),
+    "window_rows": ({"numpy"}, {f"{OURS}.window_plan"}),
+    "head_groups": (set(), set()),
+    "head_figures": (set(), {f"{OURS}.window_plan", f"{OURS}.head_groups"}),
     "layout": ({"numpy"}, {f"{OURS}.errors"}),
     "conflict_table": (set(), {f"{OURS}.errors"}),
     "policies": ({"torch", "pydantic"}, {*LEAVES, f"{OURS}.layout", f"{OURS}.policies"}),

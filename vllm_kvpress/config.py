@@ -251,6 +251,7 @@ def check_policy(policy: Policy, traits: ScorerTraits) -> None:
         ConfigError: the first broken rule.
     """
     _check_quantize(policy, traits)
+    _check_heads(policy)
     if policy.evict is None:
         return
     if traits.selects == "window":
@@ -307,6 +308,25 @@ def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
             allowed="quantize fp8",
             fix="Use fp8, or a scorer that ranks tokens",
         )
+
+
+def _check_heads(policy: Policy) -> None:
+    if not policy.heads.splits:
+        return
+    packed = policy.quantize is not None and not policy.quantize.is_fp8
+    beside = {
+        "evict": policy.evict is not None,
+        "packed codecs in quantize": packed,
+        "heads.compensation": policy.heads.compensation,
+    }
+    for what, given in beside.items():
+        if given:
+            raise ConfigError(
+                f"heads.plan does not go with {what} in this version",
+                got=f"plan {policy.heads.plan}",
+                allowed="a head plan alone, or with quantize fp8",
+                fix="Remove one of the two",
+            )
 
 
 def _check_window_policy(policy: Policy) -> None:

@@ -337,6 +337,10 @@ class RetentionPlan:
             held += self.skipped.blocks(end)
         return held
 
+    def full_blocks(self, num_tokens: int) -> int:
+        """Returns the blocks that hold so many tokens without a policy."""
+        return -(-num_tokens // self.block_size)
+
     def peak_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> int:
         """Returns the most blocks that one request holds at a time.
 

@@ -295,6 +295,11 @@ class Heads(Part):
     ] = None
 
     @property
+    def splits(self) -> bool:
+        """Whether some heads of a layer stream beside others that keep every token."""
+        return self.plan != "all"
+
+    @property
     def pattern_file(self) -> str | None:
         """The path of the pattern file that the plan reads; None if it reads none, or has none."""
         return self.plan if self.plan.endswith(".tsv") else self.file

@@ -200,6 +200,26 @@ def test_explain_shows_which_heads_of_a_plan_retrieve(run, tmp_path):
     assert (code, err) == (0, "")
     assert "4 of 16 KV heads keep every token, the others the first 64 and the newest 256" in out
     assert re.search(r"0  0000\n +1  0111\n +2  0000\n +3  0001\n", out)
+    assert "A block holds 4 heads, 0.0% of it is padding; cache groups: 1 of retrieval" in out
+    # 4096 prompt tokens in blocks of 16, 4 of 16 heads whole, the others 4 + 16 + 1 blocks.
+    held = (4 * 272 + 12 * (4 + 16 + 1)) * 16 * 2 * 64 * 2 / 2**20
+    assert re.search(rf"memory while it generates +17.0 MiB +{held:.1f} MiB", out)
+
+
+def test_explain_names_the_heads_that_are_promoted(run):
+    out = run("explain", "duo:plan=random,retrieval_ratio=0.45", "--model", "testbed")[1]
+
+    assert "7 of 16 KV heads keep every token" in out
+    assert re.search(r"1 more keep every token, .* as layer.head: \d\.\d\n", out)
+
+
+def test_explain_refuses_a_head_plan_beside_sliding_window_layers(run, model):
+    folder = model(layer_types=["sliding_attention", "full_attention"] * 16, sliding_window=1024)
+
+    code, _, err = run("explain", "duo:plan=random", "--model", folder)
+
+    assert code == 2
+    assert "a head plan needs a model whose layers all have full attention; got 16 layers" in err
 
 
 def test_explain_of_a_prompt_within_the_budget(run):

@@ -352,6 +352,15 @@ WRONG_TOGETHER = [
         {"base": "snapkv", "evict": {"when": {"prompt_end": False, "every_decode_tokens": 8}}},
         ["evict.when.every_decode_tokens", "needs the prompt's last queries"],
     ),
+    (
+        {"base": "knorm", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
+        ["heads.plan does not go with evict", "plan random", "quantize fp8"],
+    ),
+    (
+        {"base": "int4", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
+        ["heads.plan does not go with packed codecs"],
+    ),
+    ({"base": "duo", "heads": {"compensation": True}}, ["does not go with heads.compensation"]),
 ]
 
 

@@ -33,7 +33,14 @@ DEFAULTS: dict[str, Any] = {
     "skip_tokenizer_init": True,
 }
 TAKES_GIVEN = {"logits_processors": ["vllm_kvpress.evaluation.forced:ForcedOutputs"]}
-SHARED_LANES = ("StagingSpec", "FullAttentionSpec", "SlidingWindowSpec", "SkippedSpec")
+SHARED_LANES = (
+    "StagingSpec",
+    "FullAttentionSpec",
+    "SlidingWindowSpec",
+    "SkippedSpec",
+    "RetrievalSpec",
+    "StreamSpec",
+)
 
 
 @dataclass
@@ -100,7 +107,7 @@ class Engine:
         # Store block -> (trace, restart), as of the step before and of this one.
         self._owners: list[dict[int, tuple[Trace, int]]] = [{}, {}]
         self._watch_scheduler()
-        if policy is not None and self.runtime.events is not None:
+        if policy is not None and getattr(self.runtime, "events", None) is not None:
             self.runtime.events.observer = self._observe
 
     @property
@@ -110,7 +117,7 @@ class Engine:
 
     @property
     def runtime(self) -> Any:
-        """The worker's side of the policy."""
+        """The worker's side of the policy; None for a head plan, which needs none."""
         from vllm_kvpress.integration.worker import find_runtime
 
         return find_runtime(self.runner.vllm_config)

@@ -21,7 +21,7 @@ from vllm.v1.attention.selector import get_attn_backend
 import vllm_kvpress
 from vllm_kvpress.config import load_policy
 from vllm_kvpress.errors import ConfigError, ConflictError, UnsupportedVLLMError
-from vllm_kvpress.integration import compat, conflicts, flag, plugin
+from vllm_kvpress.integration import compat, flag, plugin
 from vllm_kvpress.policies.heads import write_pattern
 
 MODEL = str(Path(vllm_kvpress.__file__).parent / "testbed" / "model")
@@ -179,7 +179,6 @@ def test_a_wrong_policy_is_a_usage_error_of_the_command_line(policy, capsys):
 def test_a_head_plan_travels_as_labels_and_its_file_is_read_here_alone(tmp_path, monkeypatch):
     file = tmp_path / "duo.tsv"
     write_pattern(file, [[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]], {})
-    monkeypatch.setattr(conflicts, "_refuse_head_plan", lambda policy: None)
 
     config = config_of(kv_policy=f"duo:file={file},threshold=0.5", additional_config={"other": 1})
 
@@ -198,11 +197,6 @@ def test_a_head_plan_of_another_model_is_refused_before_the_engine(tmp_path):
 
     with pytest.raises(ConfigError, match=r"model's shape; got 1 rows of 2 .* 4 rows \(layers\)"):
         config_of(kv_policy=f"duo:file={tmp_path}/duo.tsv")
-
-
-def test_a_head_plan_is_refused_by_the_engine_of_this_version():
-    with pytest.raises(ConflictError, match=r"heads\.plan is not run"):
-        config_of(kv_policy="duo:plan=random")
 
 
 def test_a_wrong_policy_in_python_is_a_typed_error_before_the_engine():

@@ -14,11 +14,14 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import UnsupportedModelError
+from vllm_kvpress.head_groups import group_heads
 from vllm_kvpress.integration import compat, engine
+from vllm_kvpress.integration.head_lanes import lane_spec
 from vllm_kvpress.integration.lanes import StagingSpec, plan_in, private_lanes
 from vllm_kvpress.integration.skipped import SkippedSpec
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.skip_groups import skipped_groups_of
+from vllm_kvpress.window_plan import WindowPlan
 
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 STOCK = FullAttentionSpec(**SHAPE)
@@ -77,6 +80,56 @@ def test_one_group_for_each_lane_and_staging_last(plan, num_layers):
         assert group.kv_cache_spec.page_size_bytes == STOCK.page_size_bytes
         assert group.kv_cache_spec.plan is plan
     assert plan_in(groups) is plan
+
+
+def head_specs(labels):
+    """Specs of a head plan's lanes, in the order in which vLLM collects them."""
+    window = WindowPlan(16, 4, 64)
+    flying = SimpleNamespace(max_in_flight_tokens=64)
+    return {
+        f"layers.{layer}.attn" + (f".kv_lane{index}" if index else ""): lane_spec(
+            STOCK, lane, window, flying
+        )
+        for layer, lanes in enumerate(group_heads(labels).layers)
+        for index, lane in enumerate(lanes)
+    }
+
+
+def test_a_head_plan_has_one_group_for_each_run():
+    specs = head_specs([[True, True, False, False], [False] * 4])
+
+    groups = kv_cache_utils.get_kv_cache_groups(config(), specs)
+
+    assert [group.layer_names for group in groups] == [
+        ["layers.0.attn"],
+        ["layers.0.attn.kv_lane1"],
+        ["layers.1.attn"],
+        ["layers.1.attn.kv_lane1"],
+    ]
+    two_heads = STOCK.page_size_bytes
+    assert [group.kv_cache_spec.page_size_bytes for group in groups] == [two_heads] * 4
+    assert plan_in(groups) is None
+
+
+def test_lanes_of_unequal_size_share_a_block():
+    specs = head_specs([[True, False], [False, False], [True, False]])  # head 0.1 is promoted
+
+    groups = kv_cache_utils.get_kv_cache_groups(config(), specs)
+
+    assert [group.layer_names for group in groups] == [
+        ["layers.0.attn", "layers.2.attn"],
+        ["layers.1.attn", "layers.2.attn.kv_lane1"],
+    ]
+    for group in groups:
+        assert [s.num_kv_heads for s in group.kv_cache_spec.kv_cache_specs.values()] == [2, 1]
+
+
+def test_a_head_plan_is_refused_beside_layers_that_it_does_not_know():
+    specs = head_specs([[True, False]])
+    specs["layers.1.attn"] = SlidingWindowSpec(**SHAPE, sliding_window=128)
+
+    with pytest.raises(UnsupportedModelError, match=r"all have full attention; got layers\.1"):
+        kv_cache_utils.get_kv_cache_groups(config(), specs)
 
 
 @pytest.mark.parametrize(("num_lane", "num_sliding"), [(2, 2), (2, 5), (4, 3), (1, 6), (5, 1)])

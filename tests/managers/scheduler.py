@@ -84,12 +84,17 @@ class Simulation:
             it, vLLM itself leaves blocks hashed that were never computed).
     """
 
+    worker_cls: type = Worker
+    specs_of = staticmethod(lane_specs)
+    shared = ("staging",)
+
     def __init__(
         self, plan, num_blocks, max_model_len, *, caching=True, in_flight=0, by_priority=False
     ):
         self.plan = plan
-        self.names = list(lane_specs(plan))
-        groups = [KVCacheGroupSpec([f"layers.0.{n}"], s) for n, s in lane_specs(plan).items()]
+        specs = self.specs_of(plan)
+        self.names = list(specs)
+        groups = [KVCacheGroupSpec([f"layers.0.{n}"], s) for n, s in specs.items()]
         self.manager = KVCacheManager(
             KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             max_model_len=max_model_len,
@@ -112,7 +117,7 @@ class Simulation:
         # manager was asked.
         self.starts: dict[str, list[int]] = {}
         self.processed: dict[str, list[int]] = {}
-        self.worker = Worker(plan, self.owned)
+        self.worker = self.worker_cls(plan, self.owned)
         self.counts: Counter[str] = Counter()
 
     def owned(self, run, lane):
@@ -185,7 +190,7 @@ class Simulation:
     def admit(self, step, request, token_budget, chunk):
         """Returns the tokens scheduled, 0 if the request has to wait."""
         blocks, hit, _ = self.manager.get_computed_blocks(request)
-        assert hit <= self.plan.hit_limit(request.num_prompt_tokens)
+        assert hit <= self.hit_limit(request)
         assert hit % self.plan.block_size == 0
         new = min(request.num_tokens - hit, chunk, token_budget)
         got = self.manager.allocate_slots(
@@ -218,6 +223,9 @@ class Simulation:
         )
         self.note(step, request, new, self.manager.get_blocks(request.request_id))
         return new
+
+    def hit_limit(self, request):
+        return self.plan.hit_limit(request.num_prompt_tokens)
 
     def heard(self, request, hit):
         """Keeps what the manager learns of a request's progress, as it may ask twice a step."""
@@ -300,7 +308,7 @@ class Simulation:
             for blocks in lane.req_to_blocks.values():
                 real = [b for b in blocks if not b.is_null]
                 owners.update([b.block_id for b in real])
-                if name != "staging":
+                if name not in self.shared:
                     assert all(b.ref_cnt == 1 and b.block_hash is None for b in real)
         used = {b.block_id: b.ref_cnt for b in pool.blocks if b.ref_cnt and not b.is_null}
         assert used == owners, "reference counts differ from the number of owners"
@@ -338,4 +346,4 @@ class Simulation:
         for lane in self.lanes.values():
             assert not lane.req_to_blocks
             assert not lane.num_cached_block
-            assert len(lane.progress) == 0
+            assert not len(getattr(lane, "progress", ()))

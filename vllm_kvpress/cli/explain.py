@@ -6,12 +6,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_kvpress.cli.explain_heads import explain_heads
 from vllm_kvpress.cli.model_shape import ModelShape, read_model_shape
 from vllm_kvpress.cli.vllm_words import parse_vllm_words
 from vllm_kvpress.config import Policy, load_policy
 from vllm_kvpress.conflict_table import ALLOWED, FP8_DTYPES, refused_options
 from vllm_kvpress.demoting_plan import DemotingPlan
-from vllm_kvpress.errors import ConfigError, ConflictError, shown
+from vllm_kvpress.errors import ConfigError, ConflictError, UnsupportedModelError, shown
 from vllm_kvpress.layout import (
     DTYPE_BYTES,
     CacheShape,
@@ -23,13 +24,14 @@ from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import Scorer, resolve, store_format
-from vllm_kvpress.policies.heads import HeadPlan, HeadShape, resolve_heads
+from vllm_kvpress.policies.heads import HeadShape, resolve_heads
 from vllm_kvpress.skip_groups import SkippedGroups, check_skipped, skipped_groups_of
 
 __all__ = ["explain"]
 
 _BLOCK_SIZE = 16
 _OUTPUT_TOKENS = 256
+_STEP_TOKENS = 2048
 # The pool of the concurrency figure: a server's worth of memory, in uncompressed requests.
 _POOL_REQUESTS = 10
 _PIPE_COLUMNS = 120
@@ -84,8 +86,11 @@ def explain(
         soft_wrap=True,
     )
     console.print(_kept_table(policy, scorer, plan, cache))
-    if policy.heads.plan != "all":
-        _explain_heads(console, policy, heads)
+    if policy.heads.splits:
+        _check_all_full(model_shape)
+        step_tokens = _size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
+        lengths = (num_prompt, num_output)
+        explain_heads(console, policy, heads, (full_cache, cache), lengths, step_tokens)
         _report_conflicts(console, options)
         return
     console.print(
@@ -100,6 +105,15 @@ def explain(
     _report_conflicts(console, options)
 
 
+def _check_all_full(shape: ModelShape) -> None:
+    if shape.num_sliding_layers:
+        raise UnsupportedModelError(
+            "a head plan needs a model whose layers all have full attention",
+            got=f"{shape.num_sliding_layers} layers with a sliding window",
+            fix="Use a policy without a head plan",
+        )
+
+
 def _head_shape(shape: ModelShape) -> HeadShape:
     return HeadShape(
         num_layers=shape.num_full_layers + shape.num_sliding_layers,
@@ -107,18 +121,6 @@ def _head_shape(shape: ModelShape) -> HeadShape:
         num_heads=shape.num_heads,
         head_size=shape.head_size,
     )
-
-
-def _explain_heads(console: Console, policy: Policy, heads: HeadPlan) -> None:
-    console.print(
-        f"\n[bold]{heads.num_retrieval} of {heads.num_heads} KV heads keep every token[/], the "
-        f"others the first {policy.sink_tokens} and the newest {policy.recent_tokens}, in whole "
-        "blocks. By layer, 1 = every token:",
-        soft_wrap=True,
-    )
-    for layer, row in enumerate(heads.labels):
-        console.print(f"{layer:4}  {row}")
-    console.print("The engine of this version does not run head plans yet.\n", soft_wrap=True)
 
 
 def _cache_dtype(policy: Policy, model_shape: ModelShape, options: dict[str, str]) -> str:

@@ -29,6 +29,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_kvpress.config import Policy
+from vllm_kvpress.integration.head_attention import head_backend
 from vllm_kvpress.integration.lanes import (
     LaneSpec,
     PrivateSpec,
@@ -85,6 +86,9 @@ def policy_backend(
     name: str,
 ) -> type[AttentionBackend]:
     """Returns a subclass of the stock backend `inner` that keeps what `policy` keeps."""
+    made = {"__module__": __name__, "__qualname__": name, "inner": inner}
+    if policy.heads.splits:
+        return type(name, (inner,), {**made, **head_backend(inner, policy)})
     scorer = resolve(policy)
     impl_cls = _policy_impl(inner.get_impl_cls(), scorer)
     builder_cls = _policy_builder(inner.get_builder_cls())
@@ -102,10 +106,8 @@ def policy_backend(
         name,
         (inner,),
         {
+            **made,
             "supported_kv_cache_layouts": classmethod(lambda cls: layouts),
-            "__module__": __name__,
-            "__qualname__": name,
-            "inner": inner,
             "customize_spec": classmethod(customize_spec),
             "get_impl_cls": staticmethod(lambda: impl_cls),
             "get_builder_cls": staticmethod(lambda: builder_cls),

@@ -192,10 +192,8 @@ def check_policy(policy: Policy, config: "VllmConfig") -> None:
     Raises:
         CapacityError: the budget cannot hold the forced tokens in blocks of this size.
         ConfigError: layers.skip does not fit the model.
-        ConflictError: the scorer would need what one rank does not have, or the policy has a head
-            plan.
+        ConflictError: the scorer would need what one rank does not have.
     """
-    _refuse_head_plan(policy)
     kinds = getattr(config.model_config.hf_text_config, "layer_types", None) or []
     check_skipped(
         policy.layers.skip,
@@ -213,17 +211,6 @@ def check_policy(policy: Policy, config: "VllmConfig") -> None:
             got=f"--tensor-parallel-size {ranks}",
             allowed="1, or a scorer with scope 'head'",
             fix="Use --tensor-parallel-size 1 or another scorer",
-        )
-
-
-def _refuse_head_plan(policy: Policy) -> None:
-    if policy.heads.plan != "all":
-        raise ConflictError(
-            "heads.plan is not run by the engine of this version, which keeps all KV heads of a "
-            "layer in the same blocks",
-            got=f"plan {policy.heads.plan}",
-            allowed="all",
-            fix="Use a policy without a head plan",
         )
 
 

@@ -51,11 +51,14 @@ def forget_choices() -> None:
 
 
 def _register_specs() -> None:
-    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.core.single_type_kv_cache_manager import (
+        FullAttentionManager,
+        SingleTypeKVCacheManager,
+    )
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_kvpress.integration import lanes, managers, skipped
+    from vllm_kvpress.integration import head_lanes, lanes, managers, skipped
 
     # vLLM registers its own specs lazily, and only while the registry is empty.
     KVCacheSpecRegistry._ensure_registered()
@@ -66,6 +69,8 @@ def _register_specs() -> None:
         (lanes.QuerySpec, managers.QueryManager),
         (lanes.PositionSpec, managers.PositionManager),
         (skipped.SkippedSpec, skipped.SkippedManager),
+        (head_lanes.RetrievalSpec, FullAttentionManager),
+        (head_lanes.StreamSpec, head_lanes.StreamManager),
     ]
     for spec_cls, manager_cls in pairs:
         KVCacheSpecRegistry.register(spec_cls, manager_cls, uniform_type_base_spec=spec_cls)
@@ -105,9 +110,12 @@ def _group_lanes(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Any:
         from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
+        from vllm_kvpress.integration.head_lanes import HeadLaneSpec, run_groups
         from vllm_kvpress.integration.lanes import LaneSpec, StagingSpec
         from vllm_kvpress.integration.skipped import SkippedSpec, groups_of
 
+        if any(isinstance(spec, HeadLaneSpec) for spec in kv_cache_spec.values()):
+            return run_groups(kv_cache_spec)
         lanes: dict[type, list[str]] = {}
         skipped: dict[str, Any] = {}
         others: dict[str, Any] = {}
@@ -190,17 +198,22 @@ def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
         self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
     ) -> None:
         original(self, kv_cache_config, is_profiling, **kwargs)
+        from vllm_kvpress.integration.head_attention import figures_of
         from vllm_kvpress.integration.lanes import plan_in
-        from vllm_kvpress.integration.summary import log_summary
+        from vllm_kvpress.integration.summary import head_note, log_summary
         from vllm_kvpress.integration.worker import find_runtime
 
+        num_blocks = self.kv_cache_config.num_blocks
+        figures = figures_of(self.vllm_config)
+        if figures is not None and not is_profiling:
+            num_layers = len(figures.groups.layers)
+            log_summary(figures, self.vllm_config, num_layers, num_blocks, head_note(figures))
         runtime = find_runtime(self.vllm_config)
         plan = plan_in(self.kv_cache_config.kv_cache_groups)
         if runtime is None or plan is None:
             return
         runtime.attach(self)
         if not is_profiling:
-            num_blocks = self.kv_cache_config.num_blocks
             log_summary(plan, self.vllm_config, len(runtime.layer_names), num_blocks)
 
     return initialize_kv_cache

@@ -86,10 +86,11 @@ def block_outermost(inner: type[AttentionBackend]) -> tuple[KVCacheLayout, ...]:
     )
     if not insides:
         raise UnsupportedVLLMError(
-            "the attention backend has no cache layout with whole pages, which layers.skip needs",
+            "the attention backend has no cache layout with whole pages, which layers.skip and "
+            "head plans need",
             got=inner.get_name(),
             allowed="CPU_ATTN, FLASH_ATTN, TRITON_ATTN, FLASHINFER",
-            fix="Choose another --attention-backend, or a policy without layers.skip",
+            fix="Choose another --attention-backend, or a policy without layers.skip and heads",
         )
     return tuple(KVCacheLayout((1, 0, *inside)) for inside in insides)
 

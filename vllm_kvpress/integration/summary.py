@@ -6,6 +6,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.integration.plugin import policy_of
 from vllm_kvpress.plan import RetentionPlan
 
@@ -17,15 +18,20 @@ _HEADER = "prompt tokens | blocks full | at peak | generating | requests at once
 
 
 def log_summary(
-    plan: RetentionPlan, vllm_config: VllmConfig, num_layers: int, num_blocks: int
+    plan: RetentionPlan | HeadFigures,
+    vllm_config: VllmConfig,
+    num_layers: int,
+    num_blocks: int,
+    *notes: str,
 ) -> None:
     """Logs, on the first rank, the plan's figures for a few prompt lengths.
 
     Args:
-        plan: The retention plan.
+        plan: What a request holds.
         vllm_config: The engine's configuration.
         num_layers: Attention layers under the policy.
         num_blocks: Blocks of the pool, the null block included.
+        notes: Further lines above the table.
     """
     policy = policy_of(vllm_config)
     if policy is None or get_tensor_model_parallel_rank() != 0:
@@ -38,6 +44,7 @@ def log_summary(
     lines = [
         f"KV policy {policy.name}: {num_layers} layers, blocks of {plan.block_size} tokens, "
         f"pool of {pool} blocks, {_OUTPUT_TOKENS} generated tokens a request",
+        *notes,
         _HEADER,
     ]
     limit = vllm_config.model_config.max_model_len
@@ -54,8 +61,23 @@ def log_summary(
         )
 
 
-def _row(plan: RetentionPlan, prompt: int, output: int, pool: int, stock_pool: int) -> str:
-    full = -(-(prompt + output) // plan.block_size)
+def head_note(figures: HeadFigures) -> str:
+    """Returns how many heads keep every token, which were promoted, and how blocks are cut."""
+    groups = figures.groups
+    text = f"{groups.num_retrieval} of {groups.num_heads} KV heads keep every token"
+    if groups.promoted:
+        where = ", ".join(f"{layer}.{head}" for layer, head in groups.promoted)
+        text += f" (promoted, as layer.head: {where})"
+    return (
+        f"{text}; cache groups: {groups.runs.retrieval} of such heads, {groups.runs.streaming} of "
+        f"others; a block holds {groups.width} heads, {figures.padding:.1%} of it is padding"
+    )
+
+
+def _row(
+    plan: RetentionPlan | HeadFigures, prompt: int, output: int, pool: int, stock_pool: int
+) -> str:
+    full = plan.full_blocks(prompt + output)
     figures = (
         (prompt, 13),
         (full, 11),

@@ -1,0 +1,68 @@
+"""Retrieval and streaming heads in the dense reference: a mask for each (layer, KV head, query).
+
+Independent on purpose, as all of this folder. With block size B, a streaming head's query at
+position i sees the keys j <= i with
+
+    j < ceil(sinks / B) B    or    j >= (floor(i / B) - ceil(recent / B)) B
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference.dense import Rule, Run
+
+__all__ = ["HeadRule", "HeadRun"]
+
+
+@dataclass(frozen=True)
+class HeadRule(Rule):
+    """A head plan.
+
+    Attributes:
+        labels: [num_layers] strings of 0 (streaming) and 1 (retrieval), one for each KV head.
+    """
+
+    labels: Sequence[str] = ()
+
+    def run(self, model: Any, prompt_len: int, *args: Any) -> "HeadRun":
+        return HeadRun(model, self, prompt_len, *args)
+
+    def streaming_mask(self, start: int, num_queries: int) -> Tensor:
+        """Returns what a streaming head's queries see, bool [num_queries, start + num_queries]."""
+        seen = torch.zeros(num_queries, start + num_queries, dtype=torch.bool)
+        for row in range(num_queries):
+            query = start + row
+            for key in range(query + 1):
+                first = (query // self.block_size - -(-self.recent // self.block_size)) * (
+                    self.block_size
+                )
+                is_sink = key < -(-self.sinks // self.block_size) * self.block_size
+                seen[row, key] = is_sink or key >= first
+        return seen
+
+
+class HeadRun(Run):
+    """The cache of one request under a head plan."""
+
+    rule: HeadRule
+
+    def step(self, tokens: Sequence[int], start: int) -> Tensor:
+        self._mask = self.rule.streaming_mask(start, len(tokens))
+        return super().step(tokens, start)
+
+    def _attend(self, layer: int, q: Tensor, start: int) -> Tensor:
+        group = q.shape[1] // self.model.num_kv_heads
+        causal = torch.ones(self._mask.shape, dtype=torch.bool).tril(start)
+        out = torch.empty_like(q)
+        for head, label in enumerate(self.rule.labels[layer]):
+            mine = slice(head * group, (head + 1) * group)
+            seen = causal if label == "1" else self._mask
+            keys, values = self.keys[layer][:, head], self.values[layer][:, head]
+            logits = torch.einsum("qhd,kd->hqk", q[:, mine], keys) * self.model.head_dim**-0.5
+            weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+            out[:, mine] = torch.einsum("hqk,kd->qhd", weights, values)
+        return out

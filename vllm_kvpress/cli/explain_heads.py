@@ -1,0 +1,113 @@
+"""The part of `explain` for head plans: which heads retrieve, and what a request then holds."""
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_kvpress.config import Policy
+from vllm_kvpress.head_figures import HeadFigures
+from vllm_kvpress.head_groups import group_heads
+from vllm_kvpress.layout import CacheShape
+from vllm_kvpress.policies.heads import HeadPlan
+from vllm_kvpress.window_plan import WindowPlan
+
+__all__ = ["explain_heads"]
+
+# The pool of the concurrency figure: a server's worth of memory, in uncompressed requests.
+_POOL_REQUESTS = 10
+
+
+def explain_heads(
+    console: Console,
+    policy: Policy,
+    heads: HeadPlan,
+    caches: tuple[CacheShape, CacheShape],
+    lengths: tuple[int, int],
+    step_tokens: int,
+) -> None:
+    """Prints a head plan on one rank and its figures for one request.
+
+    Args:
+        console: Where to print.
+        policy: The policy.
+        heads: Its plan for the model.
+        caches: A layer's cache without the policy and with it.
+        lengths: Prompt and generated tokens.
+        step_tokens: Most tokens of a prompt that one step computes.
+    """
+    groups = group_heads(heads.retrieval)
+    window = WindowPlan(caches[1].block_size, policy.sink_tokens, policy.recent_tokens)
+    figures = HeadFigures(groups, window, step_tokens)
+    console.print(
+        f"\n[bold]{heads.num_retrieval} of {heads.num_heads} KV heads keep every token[/], the "
+        f"others the first {policy.sink_tokens} and the newest {policy.recent_tokens}, in whole "
+        "blocks. By layer, 1 = every token:",
+        soft_wrap=True,
+    )
+    for layer, row in enumerate(heads.labels):
+        console.print(f"{layer:4}  {row}")
+    promoted = ", ".join(f"{layer}.{head}" for layer, head in groups.promoted)
+    if promoted:
+        console.print(
+            f"{len(groups.promoted)} more keep every token, so that blocks need less padding; as "
+            f"layer.head: {promoted}",
+            soft_wrap=True,
+        )
+    console.print(
+        f"A block holds {groups.width} heads, {figures.padding:.1%} of it is padding; cache "
+        f"groups: {groups.runs.retrieval} of retrieval heads, {groups.runs.streaming} of streaming "
+        "heads",
+        soft_wrap=True,
+    )
+    num_prompt, num_output = lengths
+    console.print(
+        f"\n[bold]One request of {num_prompt} prompt and {num_output} generated tokens, block size "
+        f"{figures.block_size}, steps of {step_tokens} tokens[/]",
+        soft_wrap=True,
+    )
+    console.print(_table(figures, caches, num_prompt, num_output))
+    console.print(
+        "Blocks of streaming heads leave while the prompt is computed: longer prompts fit, too.\n",
+        soft_wrap=True,
+    )
+
+
+def _table(
+    figures: HeadFigures, caches: tuple[CacheShape, CacheShape], num_prompt: int, num_output: int
+) -> Table:
+    groups = figures.groups
+    full_block, block = (
+        cache.block_size * cache.bytes_per_head * width
+        for cache, width in zip(caches, (groups.num_heads, groups.width), strict=True)
+    )
+    num_full = -(-(num_prompt + num_output) // figures.block_size)
+    pool = _POOL_REQUESTS * num_full * full_block
+    running = figures.requests_at_once(pool // block, num_prompt, num_output)
+    prompt_full = -(-num_prompt // figures.block_size)
+    rows = (
+        ("bytes per further token", full_block, groups.num_retrieval * caches[1].bytes_per_head),
+        (
+            "memory at the prompt's end (peak)",
+            prompt_full * full_block,
+            figures.peak_blocks(num_prompt, num_output) * block,
+        ),
+        (
+            "memory while it generates",
+            num_full * full_block,
+            figures.steady_blocks(num_prompt, num_output) * block,
+        ),
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("full cache", justify="right")
+    table.add_column("policy", justify="right", style="green")
+    (name, before, after), *memory = rows
+    table.add_row(name, f"{before // figures.block_size:,}", f"{after:,}")
+    for name, before, after in memory:
+        table.add_row(name, _mib(before), _mib(after))
+    table.add_row(f"requests at once in {_mib(pool)}", str(_POOL_REQUESTS), str(running))
+    table.add_row("concurrency gained", "1.00x", f"{running / _POOL_REQUESTS:.2f}x")
+    return table
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
