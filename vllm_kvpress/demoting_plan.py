@@ -96,7 +96,7 @@ class DemotingPlan(PackedPlan):
         """Returns the most store blocks of a request of this length that still holds its prompt."""
         closed = self.closed_end(num_tokens) - self.exact_tokens
         room = self.budget(num_tokens) - self.exact_tokens - self.residual_tokens
-        return self.pages(min(closed, max(0, room) + self.unit + self.loser_unit))
+        return self.pages(min(closed, max(0, room) + self.closing_tokens + self.loser_unit))
 
     def demoted_need(self, num_prompt_tokens: int, end: int) -> int:
         """Returns the blocks of losers needed by a step that computes up to `end`."""

@@ -205,14 +205,20 @@ class PackedPlan(RetentionPlan):
     def store_bound(self, num_tokens: int) -> int:
         """Returns the most store blocks of a request of this length that still holds its prompt.
 
-        The pool is fullest then, up to two tokens behind the prompt's end, when one unit more may
-        have closed; later a request has given back more of staging than its store takes.
+        The pool is fullest then, up to two tokens behind the prompt's end, when as many units more
+        may have closed as two tokens begin; later a request has given back more of staging than
+        its store takes.
         """
         closed = self.closed_end(num_tokens) - self.exact_tokens
         if not self.evicts_tokens:
             return self.pages(closed)
         room = self.budget(num_tokens) - self.exact_tokens - self.residual_tokens
-        return self.pages(min(closed, max(0, room) + self.unit))
+        return self.pages(min(closed, max(0, room) + self.closing_tokens))
+
+    @property
+    def closing_tokens(self) -> int:
+        """Most tokens that close within two tokens behind the prompt's end."""
+        return -(-2 // self.unit) * self.unit
 
     def store_pages_most(self, num_tokens: int) -> int:
         """Returns the most store blocks that any request of at most this length ever holds."""
