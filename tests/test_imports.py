@@ -44,7 +44,7 @@ TABLE = {
     "overrides": (set(), LEAVES),
     "schema": ({"pydantic"}, {f"{OURS}.errors"}),
     "config": ({"pydantic", "pydantic_core"}, LEAVES),
-    "plan": (set(), {f"{OURS}.errors"}),
+    "plan": (set(), {f"{OURS}.errors", f"{OURS}.layout"}),
     "packed_plan": (set(), {f"{OURS}.plan", f"{OURS}.errors"}),
     "demoting_plan": (set(), {f"{OURS}.plan", f"{OURS}.packed_plan", f"{OURS}.errors"}),
     "skip_groups": (set(), {f"{OURS}.errors"}),

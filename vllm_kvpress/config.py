@@ -169,6 +169,14 @@ class Policy(Part):
             )
         return self
 
+    @property
+    def packs_on_write(self) -> bool:
+        """Whether nothing but a scorer's choice keeps tokens from being packed as they are written.
+
+        Skipped layers keep exact blocks in the same pool, whose size packed ones do not have.
+        """
+        return self.quantize is not None and self.quantize.packs_on_write and not self.layers.skip
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON-able data from which `from_json` rebuilds an equal policy."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -300,13 +308,17 @@ def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
             allowed="every_decode_tokens: 0, or quantize fp8",
             fix="Set evict.when.every_decode_tokens to 0",
         )
-    if traits.selects == "window":
+    if traits.selects == "window" and not policy.packs_on_write:
+        assert policy.evict is not None
+        codecs += f", residual_tokens: {quantize.residual}, exact_sinks: {quantize.exact_sinks}"
+        codecs += f", layers.skip: {list(policy.layers.skip)}"
         raise ConfigError(
-            f"the scorer {shown(policy.evict.scorer.label) if policy.evict else ''} keeps a window "
-            "in place, which packed codecs do not hold",
-            got=codecs,
-            allowed="quantize fp8",
-            fix="Use fp8, or a scorer that ranks tokens",
+            f"the scorer {shown(policy.evict.scorer.label)} keeps a window in place, so tokens "
+            "must be packed as they are written",
+            got=codecs.lower(),
+            allowed="fp8, or keys int8, int4, none without residual_tokens, exact_sinks and "
+            "layers.skip",
+            fix="Use int8 or int4, or a scorer that ranks tokens",
         )
 
 

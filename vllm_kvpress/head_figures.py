@@ -25,8 +25,9 @@ class HeadFigures:
     window: WindowPlan
     step_tokens: int
 
-    # A head plan leaves no layer alone.
+    # A head plan leaves no layer alone, and its streaming heads drop tokens.
     skipped: ClassVar[None] = None
+    is_pure: ClassVar[bool] = False
 
     @property
     def block_size(self) -> int:

@@ -22,7 +22,9 @@ Packed lanes hold cells. A cell is one KV head of `cell_tokens` consecutive toke
     scales, zeros  float16, [cell_tokens, groups] per token, [cell_tokens / group, head_size] per
                    channel; a code stands for code * scale + zero
 
-Token t of KV head h of a request lies in cell (t // cell_tokens) * num_kv_heads + h of its lane;
+A staging lane that is packed as it is written has pages of its own size, block_size /
+cell_tokens cells of each KV head without a gap. Elsewhere cells fill pages as far as they go:
+token t of KV head h of a request lies in cell (t // cell_tokens) * num_kv_heads + h of its lane;
 cell c lies in the lane's page c // cells_per_page, at byte (c % cells_per_page) * cell_bytes.
 """
 
@@ -172,6 +174,11 @@ class PackedFormat:
     def cell_bytes(self) -> int:
         """Bytes of a cell."""
         return self.offsets[-1]
+
+    @property
+    def bytes_per_head(self) -> int:
+        """Bytes of one token's key and value in one KV head, in a format per token."""
+        return self.cell_bytes // self.cell_tokens
 
     @property
     def bytes_per_token(self) -> float:

@@ -79,11 +79,6 @@ class PackedPlan(RetentionPlan):
         """First tokens, in whole blocks, that never leave staging."""
         return self.sink_blocks * self.block_size if self.exact_sinks else 0
 
-    @property
-    def evicts_tokens(self) -> bool:
-        """Whether a scorer drops tokens at the end of the prompt."""
-        return self.budget_tokens is not None or self.keep_ratio is not None
-
     def check(self) -> None:
         """Checks that a block holds a cell, and the budget what is forced.
 

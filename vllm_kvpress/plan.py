@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_kvpress.errors import CapacityError
+from vllm_kvpress.layout import CELL_TOKENS
 
 if TYPE_CHECKING:
     from vllm_kvpress.config import Policy
@@ -64,9 +65,12 @@ class RetentionPlan:
         sink_tokens: First tokens of a request, never evicted.
         recent_tokens: Newest tokens at an event, never evicted.
         budget_tokens: Tokens kept per layer and KV head, or None when `keep_ratio` rules.
-        keep_ratio: Share of the prompt kept, fixed at the end of the prompt.
+        keep_ratio: Share of the prompt kept, fixed at the end of the prompt; with neither of the
+            two every token is kept.
         store: True if survivors move to a private store; False if the plan alone decides
-            and only sinks and a sliding window of staging stay (StreamingLLM).
+            and only sinks and a sliding window of staging stay (StreamingLLM), or everything.
+        packs_on_write: Whether staging itself consists of packed cells, in which each token is
+            quantized as it is written.
         prompt_end: Whether the end of the prompt is an event.
         every_decode_tokens: Distance of decode events; 0 for none.
         query_window: Last prompt queries that the scorer needs; 0 for none.
@@ -82,6 +86,7 @@ class RetentionPlan:
     budget_tokens: int | None
     keep_ratio: float | None
     store: bool = True
+    packs_on_write: bool = False
     prompt_end: bool = True
     every_decode_tokens: int = 0
     query_window: int = 0
@@ -127,11 +132,18 @@ class RetentionPlan:
         )
 
     def check(self) -> None:
-        """Checks that the budget can hold the forced tokens in whole blocks.
+        """Checks that blocks hold whole cells, and the budget the forced tokens in whole blocks.
 
         Raises:
-            CapacityError: if it cannot.
+            CapacityError: if one of them cannot.
         """
+        if self.packs_on_write and self.block_size % CELL_TOKENS:
+            raise CapacityError(
+                "blocks of packed cells hold whole cells",
+                got=f"--block-size {self.block_size}",
+                allowed=f"multiples of {CELL_TOKENS}",
+                fix=f"Use --block-size {CELL_TOKENS} (on CPU: {2 * CELL_TOKENS}), or leave it out",
+            )
         if not self.store or self.budget_tokens is None or self.budget_tokens >= self.least_budget:
             return
         raise CapacityError(
@@ -144,6 +156,19 @@ class RetentionPlan:
         )
 
     # ---- budget and events ---------------------------------------------------------------
+
+    @property
+    def evicts_tokens(self) -> bool:
+        """Whether tokens are ever dropped."""
+        return self.budget_tokens is not None or self.keep_ratio is not None
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether K and V of any token are a function of the tokens before it alone.
+
+        Nothing is ever dropped or moved: blocks of generated tokens can be shared, too.
+        """
+        return not self.store and not self.evicts_tokens
 
     @property
     def unit(self) -> int:
@@ -202,7 +227,7 @@ class RetentionPlan:
         if self.store:
             event = self.last_event(num_prompt_tokens, num_computed_tokens)
             return Layout(self.store_blocks(num_prompt_tokens, event), event // self.block_size)
-        if num_computed_tokens < num_prompt_tokens:
+        if num_computed_tokens < num_prompt_tokens or not self.evicts_tokens:
             return Layout(0, 0)
         window = self.budget(num_prompt_tokens) - self.sink_tokens
         first = max(0, num_computed_tokens - window) // self.block_size

@@ -34,6 +34,8 @@ def layouts(
     if isinstance(plan, PackedPlan):
         return _packed_layouts(plan, num_prompt_tokens, num_computed_tokens)
     unpacked = np.zeros_like(num_prompt_tokens)
+    if not plan.evicts_tokens:
+        return unpacked, unpacked, unpacked, unpacked
     budgets = _budgets(plan, num_prompt_tokens)
     over = num_computed_tokens - num_prompt_tokens
     if plan.store:
@@ -112,6 +114,8 @@ def steady_until(plan: RetentionPlan, num_prompt_tokens: IntArray, starts: IntAr
     over = starts - num_prompt_tokens
     if isinstance(plan, PackedPlan):
         until = _closed_ends(plan, starts) + plan.unit + plan.residual_tokens
+    elif plan.is_pure:
+        until = np.full_like(starts, _NEVER)
     elif not plan.store:
         window = _budgets(plan, num_prompt_tokens) - plan.sink_tokens
         dropped = np.maximum(0, starts - window) // plan.block_size

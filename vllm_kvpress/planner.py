@@ -54,6 +54,8 @@ def make_plan(
     quantize = policy.quantize
     if quantize is None or quantize.is_fp8:
         return plan
+    if policy.packs_on_write and scorer.selects != "tokens":
+        return replace(plan, store=False, packs_on_write=True)
     packed = PackedPlan(
         **_fields(plan),
         residual_tokens=quantize.residual,

@@ -224,6 +224,15 @@ class Quantize(Codecs):
     ] = None
 
     @property
+    def packs_on_write(self) -> bool:
+        """Whether nothing keeps a token from being packed as it is written.
+
+        Channel groups have to fill first; a residual and exact sinks need an exact cache.
+        """
+        waits = self.has_channel_groups or self.residual > 0 or self.exact_sinks
+        return not self.is_fp8 and not waits
+
+    @property
     def residual(self) -> int:
         """Newest tokens that stay exact; 128 for keys per channel unless the policy says so."""
         if self.residual_tokens is not None:

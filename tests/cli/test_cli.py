@@ -181,6 +181,25 @@ def test_explain_of_a_layer_that_the_model_does_not_have(run, model, tmp_path):
     assert "layers.skip names a layer that the model does not have; got [32]" in err
 
 
+def test_explain_counts_packed_blocks_where_tokens_are_packed_as_they_are_written(run, model):
+    words = ("--model", model(), "--prompt-tokens", "8000", "--output-tokens", "500")
+    _, out, _ = run("explain", "int8", *words)
+    window = '{"base": "streaming_llm", "quantize": {"keys": "int8", "values": "int8"}}'
+    _, windowed, _ = run("explain", window, *words)
+
+    # 264 bytes a head of 128 channels in place of 512, 8 heads in 32 layers; blocks of 16 tokens.
+    assert figures(out, "bytes per token held") == [131072, 8 * 32 * 264]
+    assert "bytes per token packed" not in out
+    assert figures(out, "blocks at the prompt's end (peak)") == [500, 532]
+    assert figures(out, "blocks while it generates") == [532, 532]
+    assert figures(out, "blocks in ")[1:] == [5320, 5320 * 512 // 264]
+    assert figures(out, "requests at once there") == [10, 5320 * 512 // 264 // 532]
+    assert "the longest prompt that fits grows" in out
+    assert figures(windowed, "bytes per token held") == [131072, 8 * 32 * 264]
+    assert figures(windowed, "blocks while it generates")[1] < 532 // 4
+    assert "prefilled in packed blocks" in windowed
+
+
 @pytest.mark.parametrize("policy", ["streaming_llm", "random", "knorm", "keydiff", "snapkv"])
 def test_explain_works_for_every_policy_on_the_bundled_model(run, policy):
     code, out, err = run("explain", policy, "--model", "testbed")

@@ -320,8 +320,16 @@ def test_wrong_policy_gives_one_message(source, words):
 # (source, words) of rules that need the scorer.
 WRONG_TOGETHER = [
     (
-        {"base": "streaming_llm", "quantize": PACKED},
-        ["keeps a window", "keys: int4", "allowed: quantize fp8"],
+        {"base": "streaming_llm", "quantize": {"keys": "kivi2", "values": "kivi2"}},
+        ["keeps a window", "keys: kivi2", "residual_tokens: 128", "Use int8 or int4"],
+    ),
+    (
+        {"base": "streaming_llm", "quantize": {**PACKED, "exact_sinks": True}},
+        ["keeps a window", "exact_sinks: true", "without residual_tokens"],
+    ),
+    (
+        {"base": "streaming_llm", "quantize": PACKED, "layers": {"skip": [1]}},
+        ["keeps a window", "layers.skip: [1]", "and layers.skip"],
     ),
     (
         {"base": "knorm", "quantize": PACKED, "evict": {"when": {"every_decode_tokens": 8}}},

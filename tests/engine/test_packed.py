@@ -1,5 +1,8 @@
 """Packed stores in the engine: each codec alone and under eviction, against the dense reference.
 
+Codecs per token have a store where something stays exact; else they pack on write
+(`test_packed_lane.py`).
+
 A rounding that falls on the other side in the engine than in the reference moves an element by a
 whole step, so log-probabilities agree to a tolerance that grows with the step; what a slightly
 wrong rule moves them by is far above it.
@@ -71,18 +74,32 @@ CASES = {
     "kivi4": case(
         "kivi4", "kivi4", {"bits": (4, 4), "residual": 32, **KIVI}, 0.03, residual_tokens=32
     ),
-    "int8": case("int8", "int8", {"bits": (8, 8)}, 0.006),
-    "int4": case("int4", "int4", {"bits": (4, 4), "rotated": (True, False)}, 0.05, rotate="keys"),
+    "int8": case("int8", "int8", {"bits": (8, 8), "residual": 32}, 0.006, residual_tokens=32),
+    "int4": case(
+        "int4",
+        "int4",
+        {"bits": (4, 4), "rotated": (True, False), "residual": 32},
+        0.05,
+        rotate="keys",
+        residual_tokens=32,
+    ),
     "int8-int4": case(
         "int8",
         "int4",
-        {"bits": (8, 4), "groups": (32, 32), "rotated": (True, True)},
+        {"bits": (8, 4), "groups": (32, 32), "rotated": (True, True), "residual": 16},
         0.03,
         group=32,
         rotate="both",
+        residual_tokens=16,
     ),
-    "none-kivi2": case("none", "kivi2", {"bits": (0, 2), "groups": (0, 32)}, 0.05),
-    "none": case("none", "none", {}, 1e-4),
+    "none-kivi2": case(
+        "none",
+        "kivi2",
+        {"bits": (0, 2), "groups": (0, 32), "exact_sinks": True},
+        0.05,
+        exact_sinks=True,
+    ),
+    "none": case("none", "none", {"residual": 1}, 1e-4, residual_tokens=1),
     "snapkv-none": case("none", "none", {}, 1e-4, evict=True),
     "snapkv-int8": case("int8", "int8", {"bits": (8, 8)}, 0.01, evict=True),
     "snapkv-int4": case("int4", "int4", {"bits": (4, 4)}, 0.05, evict=True),

@@ -12,14 +12,16 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_kvpress.config import load_policy
 from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.head_groups import group_heads
 from vllm_kvpress.integration import compat, engine
 from vllm_kvpress.integration.head_lanes import lane_spec
-from vllm_kvpress.integration.lanes import StagingSpec, plan_in, private_lanes
+from vllm_kvpress.integration.lanes import StagingSpec, plan_in, private_lanes, staging_of
 from vllm_kvpress.integration.skipped import SkippedSpec
 from vllm_kvpress.plan import RetentionPlan
+from vllm_kvpress.policies import resolve
 from vllm_kvpress.skip_groups import skipped_groups_of
 from vllm_kvpress.window_plan import WindowPlan
 
@@ -155,6 +157,40 @@ def test_layers_of_another_page_size_are_refused():
 
     with pytest.raises(UnsupportedModelError, match="another page size"):
         kv_cache_utils.get_kv_cache_groups(config(), specs)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "token_bytes"),
+    [
+        ({"keys": "int8", "values": "int8"}, 2 * (32 + 4)),
+        ({"keys": "int4", "values": "int4", "group": 32}, 2 * (16 + 4)),
+        ({"keys": "int8", "values": "int4"}, 32 + 4 + 16 + 4),
+        ({"keys": "none", "values": "int4"}, 128 + 16 + 4),
+    ],
+)
+def test_blocks_that_are_packed_on_write_hold_packed_bytes(quantize, token_bytes):
+    policy = load_policy({"quantize": quantize})
+    staging = staging_of(policy, resolve(policy), STOCK, 4, 1, torch.float32)
+
+    (group,) = kv_cache_utils.get_kv_cache_groups(config(), {"layers.0.attn": staging})
+
+    spec = group.kv_cache_spec
+    assert spec.page_size_bytes == 16 * 2 * token_bytes
+    assert spec.exact_page_bytes == STOCK.page_size_bytes
+    assert spec.prefix_cacheable
+    # A request of 4,096 tokens: start-up sizing asks for its packed bytes.
+    assert spec.max_memory_usage_bytes(config()) == 4096 * 2 * token_bytes
+
+
+def test_sliding_window_layers_beside_packed_blocks_are_refused():
+    policy = load_policy("int8")
+    staging = staging_of(policy, resolve(policy), STOCK, 4, 1, torch.float32)
+    sliding = SlidingWindowSpec(**SHAPE, sliding_window=128)
+
+    with pytest.raises(UnsupportedModelError, match="full-attention layers only"):
+        kv_cache_utils.get_kv_cache_groups(
+            config(), {"layers.0.attn": staging, "layers.1.attn": sliding}
+        )
 
 
 def test_layers_of_one_lane_with_different_specs_are_refused():

@@ -12,6 +12,7 @@ from vllm_kvpress.config import load_policy
 from vllm_kvpress.errors import CapacityError
 from vllm_kvpress.layout import PackedFormat, SideFormat
 from vllm_kvpress.packed_plan import PackedPlan
+from vllm_kvpress.plan import Layout
 from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import resolve
 
@@ -224,7 +225,7 @@ def test_make_plan_takes_cells_and_options_from_the_policy():
 
 
 def test_a_block_smaller_than_a_cell_is_refused():
-    policy = load_policy({"quantize": {"keys": "none", "values": "none"}})
+    policy = load_policy({"quantize": {"keys": "none", "values": "none", "residual_tokens": 16}})
     cells = PackedFormat(
         num_kv_heads=1, head_size=64, keys=SideFormat(bits=16), values=SideFormat(bits=16)
     )
@@ -232,3 +233,65 @@ def test_a_block_smaller_than_a_cell_is_refused():
 
     with pytest.raises(CapacityError, match="smaller than one packed cell"):
         plan.check()
+
+
+def on_write(block_size, **policy):
+    policy = load_policy({"quantize": {"keys": "int8", "values": "int4"}, **policy})
+    return make_plan(policy, resolve(policy), block_size=block_size)
+
+
+def test_tokens_that_nothing_delays_are_packed_as_they_are_written_and_stay():
+    plan = on_write(16)
+
+    assert plan.packs_on_write
+    assert plan.is_pure
+    assert not plan.store
+    for prompt, computed in ((1, 0), (40, 39), (40, 40), (40, 400), (4000, 4100)):
+        assert plan.layout(prompt, computed) == Layout(0, 0)
+        assert plan.due_event(prompt, computed, computed + 1) == 0
+        assert plan.blocks_held(prompt, computed) == -(-computed // 16)
+        arrays = np.array([prompt]), np.array([computed])
+        assert [column.item() for column in plan_rows.layouts(plan, *arrays)] == [0, 0, 0, 0]
+        assert plan_rows.steady_until(plan, *arrays).item() == (
+            0 if computed < prompt else np.iinfo(np.int64).max
+        )
+    assert plan.peak_blocks(4000, 100) == plan.steady_blocks(4000, 100) == -(-4100 // 16)
+
+
+def test_a_window_over_packed_tokens_is_that_over_exact_ones():
+    window = {"evict": {"scorer": {"name": "position"}}, "recent_tokens": 60}
+    packed, exact = on_write(16, **window), on_write(16, **window, quantize=None)
+
+    assert packed.packs_on_write
+    assert not exact.packs_on_write
+    assert not packed.is_pure
+    assert packed.layout(300, 400) == exact.layout(300, 400) == Layout(1, 340 // 16)
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        {"keys": "kivi4", "values": "int4"},
+        {"keys": "int8", "values": "int8", "residual_tokens": 1},
+        {"keys": "int8", "values": "int8", "exact_sinks": True},
+    ],
+)
+def test_tokens_wait_for_channel_groups_and_where_something_stays_exact(quantize):
+    assert not on_write(16, quantize=quantize).packs_on_write
+
+
+def test_tokens_beside_skipped_layers_wait():
+    assert not on_write(16, layers={"skip": [0]}).packs_on_write
+
+
+def test_survivors_of_a_scorer_wait():
+    evict = {"scorer": {"name": "knorm"}, "budget": {"tokens": 512}}
+
+    assert isinstance(on_write(16, evict=evict), PackedPlan)
+
+
+def test_a_block_of_packed_tokens_holds_whole_cells():
+    on_write(48).check()
+
+    with pytest.raises(CapacityError, match="got --block-size 24; allowed: multiples of 16"):
+        on_write(24).check()

@@ -355,6 +355,7 @@ class Run:
         hidden = self.model.embed(tokens)
         for layer in range(self.model.num_layers):
             q, k, v = self.model.qkv(layer, hidden, start)
+            k, v = self.written(layer, k, v, start)
             if start:
                 k = torch.cat((self.keys[layer], k))
                 v = torch.cat((self.values[layer], v))
@@ -368,6 +369,10 @@ class Run:
         if events:
             self._evict(events[-1])
         return logprobs
+
+    def written(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Returns what the cache holds of a chunk's keys and values, and everyone reads."""
+        return k, v
 
     def _attend(self, layer: int, q: Tensor, start: int) -> Tensor:
         group = q.shape[1] // self.model.num_kv_heads

@@ -76,6 +76,7 @@ def explain(
     )
     cells = _cells(policy, model_shape, cache)
     plan = _plan(policy, scorer, model_shape, cache, cells)
+    page_bytes = (full_cache.page_bytes, _page_bytes(plan, cache, cells))
     num_prompt, num_output = _lengths(limit, prompt_tokens, output_tokens)
 
     console = Console(highlight=False)
@@ -98,9 +99,7 @@ def explain(
         f"block size {plan.block_size}[/]",
         soft_wrap=True,
     )
-    console.print(
-        _blocks_table(plan, (full_cache, cache), model_shape, num_prompt, num_output, cells)
-    )
+    console.print(_blocks_table(plan, page_bytes, model_shape, num_prompt, num_output, cells))
     console.print(_advice(plan, num_prompt, num_output) + "\n", soft_wrap=True)
     _report_conflicts(console, options)
 
@@ -170,6 +169,13 @@ def _plan(
     return plan
 
 
+def _page_bytes(plan: RetentionPlan, cache: CacheShape, cells: dict[str, PackedFormat]) -> int:
+    """Bytes of one block of one layer: of the cache's own numbers, or of packed tokens."""
+    if not plan.packs_on_write:
+        return cache.page_bytes
+    return plan.block_size * cache.num_kv_heads * cells["packed"].bytes_per_head
+
+
 def _lengths(limit: int, prompt: int | None, output: int | None) -> tuple[int, int]:
     num_prompt = prompt if prompt is not None else max(1, limit // 2)
     if num_prompt >= limit:
@@ -205,10 +211,7 @@ def _describe(shape: ModelShape) -> str:
 
 def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: CacheShape) -> Table:
     table = Table("What is kept", "", box=None, header_style="bold", pad_edge=False)
-    if isinstance(plan, PackedPlan):
-        _add_precision(table, policy, plan, cache)
-    else:
-        table.add_row("precision", f"{cache.dtype}, the whole cache")
+    _add_precision(table, policy, plan, cache)
     if plan.skipped is not None:
         table.add_row("left alone", _skipped_text(policy, plan.skipped))
     if policy.evict is None:
@@ -249,10 +252,15 @@ def _skipped_text(policy: Policy, skipped: SkippedGroups) -> str:
     )
 
 
-def _add_precision(table: Table, policy: Policy, plan: PackedPlan, cache: CacheShape) -> None:
+def _add_precision(table: Table, policy: Policy, plan: RetentionPlan, cache: CacheShape) -> None:
     quantize = policy.quantize
-    assert quantize is not None
+    if quantize is None or quantize.is_fp8:
+        table.add_row("precision", f"{cache.dtype}, the whole cache")
+        return
     table.add_row("precision", f"keys {quantize.keys}, values {quantize.values}")
+    if not isinstance(plan, PackedPlan):
+        table.add_row("exact", "nothing: tokens are quantized as they are written, and read so")
+        return
     if quantize.losers is not None:
         losers = quantize.losers
         table.add_row("of the others", f"keys {losers.keys}, values {losers.values}")
@@ -275,7 +283,7 @@ def _budget_text(plan: RetentionPlan) -> str:
 
 def _blocks_table(
     plan: RetentionPlan,
-    caches: tuple[CacheShape, CacheShape],
+    page_bytes: tuple[int, int],
     shape: ModelShape,
     num_prompt: int,
     num_output: int,
@@ -285,13 +293,14 @@ def _blocks_table(
     full = -(-total // plan.block_size)
     peak = plan.peak_blocks(num_prompt, num_output)
     steady = plan.steady_blocks(num_prompt, num_output)
-    token_bytes = [cache.bytes_per_token * shape.num_full_layers for cache in caches]
+    token_bytes = [one // plan.block_size * shape.num_full_layers for one in page_bytes]
     block_bytes = [num_bytes * plan.block_size for num_bytes in token_bytes]
     num_layers = shape.num_full_layers
     if plan.skipped is not None:
         block_bytes[1] = plan.skipped.block_bytes
         num_layers -= plan.skipped.num_layers
-    packed = {name: round(one.bytes_per_token * num_layers) for name, one in cells.items()}
+    in_store = {} if plan.packs_on_write else cells
+    packed = {name: round(one.bytes_per_token * num_layers) for name, one in in_store.items()}
     pools = [_POOL_REQUESTS * full * block_bytes[0] // one for one in block_bytes]
     running = plan.requests_at_once(pools[1], num_prompt, num_output)
     start = total - 1
@@ -316,6 +325,11 @@ def _blocks_table(
 
 
 def _advice(plan: RetentionPlan, num_prompt: int, num_output: int) -> str:
+    if plan.is_pure:
+        return (
+            "The prompt, too, lies in packed blocks and is read from them: the longest prompt that "
+            "fits grows like the number of requests that run at once."
+        )
     keeps_all = isinstance(plan, PackedPlan) and not plan.evicts_tokens
     if isinstance(plan, DemotingPlan):
         keeps_all = plan.losers(num_prompt) > 0
@@ -323,9 +337,10 @@ def _advice(plan: RetentionPlan, num_prompt: int, num_output: int) -> str:
         num_prompt, num_prompt + num_output - 1, num_prompt + num_output
     ) == (num_prompt + num_output):
         return "Such a request is within the budget: nothing of it is evicted."
+    prefilled = "in packed blocks" if plan.packs_on_write else "exactly"
     return (
-        "The prompt is prefilled exactly, so its peak needs the whole prompt: a policy multiplies "
-        "the requests that run at once, not the longest prompt."
+        f"The prompt is prefilled {prefilled}, and its peak needs the whole of it: evicting "
+        "multiplies the requests that run at once, not the longest prompt."
     )
 
 

@@ -1,6 +1,7 @@
 """The attention backend of a policy: the stock backend over physical block tables.
 
-Nothing here computes attention. `policy_backend(inner, policy)` makes a thin subclass of the
+Nothing here computes attention; packed cells, which no stock kernel reads, have forms of their own
+(`packed.py`, `packed_lane.py`). `policy_backend(inner, policy)` makes a thin subclass of the
 backend that vLLM would have used anyway:
 
     backend   turns the layer's FullAttentionSpec into the staging lane's spec
@@ -33,13 +34,13 @@ from vllm_kvpress.integration.head_attention import head_backend
 from vllm_kvpress.integration.lanes import (
     LaneSpec,
     PrivateSpec,
-    StagingSpec,
-    plan_of,
     private_lanes,
+    staging_of,
 )
 from vllm_kvpress.integration.plugin import policy_of
 from vllm_kvpress.integration.skipped import block_outermost, is_skipped, skip_backend
 from vllm_kvpress.integration.worker import LaneRuntime, find_runtime
+from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import Scorer, resolve
 from vllm_kvpress.skip_groups import SkippedGroups
 
@@ -91,6 +92,10 @@ def policy_backend(
         return type(name, (inner,), {**made, **head_backend(inner, policy)})
     scorer = resolve(policy)
     impl_cls = _policy_impl(inner.get_impl_cls(), scorer)
+    attributes: dict[str, Any] = {}
+    if make_plan(policy, scorer, block_size=1).packs_on_write:
+        impl_cls = _packed_impl(impl_cls)
+        attributes["forward_includes_kv_cache_update"] = False
     builder_cls = _policy_builder(inner.get_builder_cls())
 
     def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
@@ -98,7 +103,7 @@ def policy_backend(
         spec = inner.customize_spec(spec)
         if type(spec) is not FullAttentionSpec:
             return spec
-        return StagingSpec.of(spec, plan_of(policy, scorer, spec, num_heads, num_layers, dtype))
+        return staging_of(policy, scorer, spec, num_heads, num_layers, dtype)
 
     # Pages of two sizes lie side by side in a block.
     layouts = block_outermost(inner) if policy.layers.skip else inner.supported_kv_cache_layouts()
@@ -108,6 +113,7 @@ def policy_backend(
         {
             **made,
             "supported_kv_cache_layouts": classmethod(lambda cls: layouts),
+            **attributes,
             "customize_spec": classmethod(customize_spec),
             "get_impl_cls": staticmethod(lambda: impl_cls),
             "get_builder_cls": staticmethod(lambda: builder_cls),
@@ -154,6 +160,41 @@ def _policy_impl(inner_impl: type[Any], scorer: Scorer) -> type[Any]:
     return PolicyImpl
 
 
+def _packed_impl(policy_impl: type[Any]) -> type[Any]:
+    """Returns the form whose staging lane is packed: no stock operation touches its cache."""
+
+    class PackedImpl(policy_impl):  # type: ignore[misc, valid-type]
+        def do_kv_cache_update(
+            self,
+            layer: Any,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            slot_mapping: torch.Tensor,
+        ) -> None:
+            self.lane_runtime.packed.write(layer, key, value, slot_mapping)
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if attn_metadata is None:  # memory is being profiled, there is no cache yet
+                return output
+            step = attn_metadata.kv_packed
+            return self.lane_runtime.packed.attend(layer, query, step, output, *args, **kwargs)
+
+    PackedImpl.__qualname__ = PackedImpl.__name__ = f"Packed{policy_impl.__name__}"
+    return PackedImpl
+
+
 def _policy_builder(inner_builder: type[Any]) -> type[Any]:
     class PolicyBuilder(inner_builder):  # type: ignore[misc, valid-type]
         # V1 would skip build() for a second equal group and hand on a logical table.
@@ -179,6 +220,7 @@ def _policy_builder(inner_builder: type[Any]) -> type[Any]:
             step = self.lane_runtime.capture_step(common_attn_metadata)
             metadata = super().build_for_cudagraph_capture(step.common)
             metadata.kv_query_window = step.query_window
+            metadata.kv_packed = step.packed
             return metadata
 
     PolicyBuilder.__qualname__ = PolicyBuilder.__name__ = f"Policy{inner_builder.__name__}"

@@ -147,7 +147,8 @@ def _group_lanes(original: Callable[..., Any]) -> Callable[..., Any]:
             raise UnsupportedModelError(
                 "layers outside the policy have another page size",
                 got=str(sorted({(type(s).__name__, s.page_size_bytes) for s in merged})),
-                allowed="models whose layers all have the same KV heads, head size and dtype",
+                allowed="models whose layers all have the same KV heads, head size and dtype; with "
+                "codecs that pack on write (int8, int4 alone), full-attention layers only",
                 fix="Start the engine without the policy",
             )
         # Skipped layers before the staging lane, too.
@@ -183,7 +184,7 @@ def _cap_prefix_hits(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_kvpress.integration.lanes import plan_in
 
         plan = plan_in(self.kv_cache_config.kv_cache_groups)
-        if plan is not None:
+        if plan is not None and not plan.is_pure:
             # vLLM itself leaves one token to compute.
             limit = plan.hit_limit(request.num_prompt_tokens) + 1
             if limit < request.num_tokens:
@@ -199,7 +200,7 @@ def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         original(self, kv_cache_config, is_profiling, **kwargs)
         from vllm_kvpress.integration.head_attention import figures_of
-        from vllm_kvpress.integration.lanes import plan_in
+        from vllm_kvpress.integration.lanes import staging_in
         from vllm_kvpress.integration.summary import head_note, log_summary
         from vllm_kvpress.integration.worker import find_runtime
 
@@ -209,11 +210,13 @@ def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
             num_layers = len(figures.groups.layers)
             log_summary(figures, self.vllm_config, num_layers, num_blocks, head_note(figures))
         runtime = find_runtime(self.vllm_config)
-        plan = plan_in(self.kv_cache_config.kv_cache_groups)
-        if runtime is None or plan is None:
+        staging = staging_in(self.kv_cache_config.kv_cache_groups)
+        if runtime is None or staging is None:
             return
         runtime.attach(self)
         if not is_profiling:
-            log_summary(plan, self.vllm_config, len(runtime.layer_names), num_blocks)
+            plan, num_layers = staging.plan, len(runtime.layer_names)
+            stock = (num_blocks - 1) * staging.page_size_bytes // staging.exact_page_bytes
+            log_summary(plan, self.vllm_config, num_layers, num_blocks, stock_blocks=stock)
 
     return initialize_kv_cache

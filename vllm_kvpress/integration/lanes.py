@@ -4,7 +4,7 @@ A lane is one vLLM KV-cache group. Every lane of a layer declares exactly the st
 (same block size, heads, dtype), so that all lanes alias one pool: block id b is the same bytes
 of layer i in each of them. Private lanes read those bytes in their own way.
 
-    staging    exact K/V at natural positions; prefix-cacheable
+    staging    K/V at natural positions, exact or packed as it is written; prefix-cacheable
     store      survivors of an event, sorted by position; private to the request
     demoted    what an event rejected, at fewer bits, sorted by position; private to the request
     queries    the last `query_window` prompt queries, until the event has read them; private
@@ -16,7 +16,7 @@ registered base into one group, with the first one's spec.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -80,7 +80,12 @@ class LaneSpec(FullAttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class StagingSpec(LaneSpec):
-    """Exact K/V, as stock vLLM keeps it; blocks leave by the plan."""
+    """K/V as stock vLLM keeps it, or in packed cells; blocks leave by the plan."""
+
+    @property
+    def exact_page_bytes(self) -> int:
+        """Bytes of a stock block: of as many tokens in the cache's own dtype."""
+        return replace(self, state_content_bytes=None).page_size_bytes
 
     def blocks_at(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -135,6 +140,34 @@ class PositionSpec(PrivateSpec):
 
     def blocks_at(self, num_tokens: int) -> int:
         return self.plan.position_bound(num_tokens)
+
+
+def staging_of(
+    policy: Any,
+    scorer: Any,
+    spec: FullAttentionSpec,
+    num_heads: int,
+    num_layers: int,
+    query_dtype: torch.dtype,
+) -> StagingSpec:
+    """Returns the staging lane of `policy` for layers of this shape; arguments as of `plan_of`.
+
+    Raises:
+        UnsupportedModelError: packed rows of a head do not fill elements of the cache's dtype.
+    """
+    plan = plan_of(policy, scorer, spec, num_heads, num_layers, query_dtype)
+    if not plan.packs_on_write:
+        return StagingSpec.of(spec, plan)
+    cells = cells_of(policy.quantize, spec)
+    assert cells is not None
+    if cells.bytes_per_head % spec.dtype.itemsize:
+        raise UnsupportedModelError(
+            "packed tokens do not fill elements of the cache's dtype",
+            got=f"{cells.bytes_per_head} bytes a head for {spec.head_size} channels, {spec.dtype}",
+            allowed="head sizes that are a multiple of 8",
+            fix="Use a policy without quantize",
+        )
+    return StagingSpec.of(replace(spec, state_content_bytes=cells.bytes_per_head), plan)
 
 
 def plan_of(
@@ -215,9 +248,13 @@ def private_lanes(plan: RetentionPlan) -> dict[str, type[PrivateSpec]]:
     return lanes
 
 
+def staging_in(kv_cache_groups: Any) -> StagingSpec | None:
+    """Returns the staging lane's spec among an engine's groups, or None if no policy is on."""
+    specs = (group.kv_cache_spec for group in kv_cache_groups)
+    return next((spec for spec in specs if isinstance(spec, StagingSpec)), None)
+
+
 def plan_in(kv_cache_groups: Any) -> RetentionPlan | None:
     """Returns the plan of an engine's cache groups, or None if no policy is on."""
-    for group in kv_cache_groups:
-        if isinstance(group.kv_cache_spec, StagingSpec):
-            return group.kv_cache_spec.plan
-    return None
+    staging = staging_in(kv_cache_groups)
+    return None if staging is None else staging.plan

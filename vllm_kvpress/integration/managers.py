@@ -83,7 +83,7 @@ class _Progressing(SingleTypeKVCacheManager):
 
 
 class StagingManager(_Progressing, FullAttentionManager):
-    """Exact K/V: prompt blocks are cached for prefix hits, blocks leave by the plan."""
+    """K/V by position: blocks are cached for prefix hits, and leave by the plan."""
 
     def remove_skipped_blocks(
         self,
@@ -96,8 +96,10 @@ class StagingManager(_Progressing, FullAttentionManager):
         self._remove_blocks_in_range(request_id, first, last)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        # K/V of generated tokens depends on what was evicted: only prompt blocks are shared.
-        super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
+        if not self.plan.is_pure:
+            # K/V of generated tokens depends on what was evicted: only prompt blocks are shared.
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
 class PrivateManager(_Progressing):

@@ -199,6 +199,21 @@ def _fused_attention(
     return rows.to(query.dtype)
 
 
+def refuse_gpu(layer: LayerPages) -> None:
+    """Raises where packed cells cannot be read.
+
+    Raises:
+        UnsupportedModelError: on a GPU.
+    """
+    if layer.pages.device.type != "cpu":
+        raise UnsupportedModelError(
+            "packed codecs run on CPU only in this version",
+            got=str(layer.pages.device),
+            allowed="quantize fp8 on a GPU",
+            fix="Use a policy with quantize fp8, or without quantize",
+        )
+
+
 def page_bytes(layer: LayerPages) -> torch.Tensor:
     """Returns a layer's pages as uint8 [num_blocks, page_bytes], aliasing them."""
     return layer.pages.view(torch.uint8)
@@ -223,13 +238,7 @@ class PackedEventRunner(EventRunner):
         vllm_config: VllmConfig,
     ) -> None:
         super().__init__(plan, scorer, page_map, layers, vllm_config)
-        if layers[0].pages.device.type != "cpu":
-            raise UnsupportedModelError(
-                "packed codecs run on CPU only in this version",
-                got=str(layers[0].pages.device),
-                allowed="quantize fp8 on a GPU",
-                fix="Use a policy with quantize fp8, or without quantize",
-            )
+        refuse_gpu(layers[0])
         self.stores = _stores_of(vllm_config, layers[0])
         self.attention = PackedAttention(self.stores, page_map, layers)
         self.nonfinite = 0

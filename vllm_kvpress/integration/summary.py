@@ -23,6 +23,7 @@ def log_summary(
     num_layers: int,
     num_blocks: int,
     *notes: str,
+    stock_blocks: int | None = None,
 ) -> None:
     """Logs, on the first rank, the plan's figures for a few prompt lengths.
 
@@ -32,18 +33,21 @@ def log_summary(
         num_layers: Attention layers under the policy.
         num_blocks: Blocks of the pool, the null block included.
         notes: Further lines above the table.
+        stock_blocks: Blocks of the full cache in the memory of the pool; by default as many.
     """
     policy = policy_of(vllm_config)
     if policy is None or get_tensor_model_parallel_rank() != 0:
         return
-    pool = stock_pool = num_blocks - 1
+    pool = num_blocks - 1
+    stock_pool = pool if stock_blocks is None else stock_blocks
     skipped = plan.skipped
     if skipped is not None:
         # Beside skipped layers a block has not the bytes of a stock one.
         stock_pool = pool * skipped.block_bytes // skipped.stock_block_bytes
+    same_memory = "" if stock_pool == pool else f" (the memory of {stock_pool} full ones)"
     lines = [
         f"KV policy {policy.name}: {num_layers} layers, blocks of {plan.block_size} tokens, "
-        f"pool of {pool} blocks, {_OUTPUT_TOKENS} generated tokens a request",
+        f"pool of {pool} blocks{same_memory}, {_OUTPUT_TOKENS} generated tokens a request",
         *notes,
         _HEADER,
     ]
@@ -53,7 +57,7 @@ def log_summary(
             output = min(_OUTPUT_TOKENS, limit - prompt)
             lines.append(_row(plan, prompt, output, pool, stock_pool))
     logger.info("\n  ".join(lines))
-    if not plan.evicts(limit):
+    if not plan.is_pure and not plan.evicts(limit):
         logger.warning(
             "KV policy %s evicts nothing here: no request of up to %d tokens exceeds its budget.",
             policy.name,

@@ -28,6 +28,7 @@ from vllm_kvpress.integration.compat import Rows, rows_of, skip_slot_mappings
 from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
 from vllm_kvpress.integration.lanes import PrivateSpec, plan_in
 from vllm_kvpress.integration.packed import PackedAttention, PackedEventRunner, PackedStep
+from vllm_kvpress.integration.packed_lane import PackedLane
 from vllm_kvpress.integration.pages import PageMap, flat_pages
 from vllm_kvpress.integration.skipped import SkippedSpec
 from vllm_kvpress.integration.tables import BatchLayout, PhysicalTables, QueryWindow
@@ -42,7 +43,7 @@ class Step:
 
     common: CommonAttentionMetadata
     query_window: QueryWindow | None
-    packed: PackedStep | None = None
+    packed: PackedStep | CommonAttentionMetadata | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ class LaneRuntime:
         pending: Events that are due, to be run before the next step.
         plan: The retention plan, once the caches exist.
         events: Runs events; None if the plan has no store.
-        packed: Attention over packed cells, if the plan has them.
+        packed: Attention over packed cells, if the plan has them: a store's, or staging's own.
     """
 
     def __init__(self, scorer: Scorer, vllm_config: VllmConfig) -> None:
@@ -99,7 +100,7 @@ class LaneRuntime:
         self.plan: RetentionPlan | None = None
         self._runner: weakref.ref[Any] | None = None
         self.events: EventRunner | None = None
-        self.packed: PackedAttention | None = None
+        self.packed: PackedAttention | PackedLane | None = None
         self._pages: list[torch.Tensor] = []
         # Of each group of skipped layers, by its first layer: tokens in a block, and the pages.
         self._skipped_pages: dict[str, tuple[int, list[torch.Tensor]]] = {}
@@ -157,6 +158,8 @@ class LaneRuntime:
             runner_cls = PackedEventRunner if isinstance(plan, PackedPlan) else EventRunner
             self.events = runner_cls(plan, self.scorer, page_map, pages, self.vllm_config)
             self.packed = getattr(self.events, "attention", None)
+        elif plan.packs_on_write:
+            self.packed = PackedLane(self.vllm_config, pages)
         self._physical = PhysicalTables(plan, self.vllm_config, layers[0].kv_cache.device)
 
     def _check_layer(self, name: str, layer: Any, context: dict[str, Any]) -> None:
@@ -233,8 +236,8 @@ class LaneRuntime:
     ) -> Step:
         assert self._physical is not None
         store = self.tables.get("kv_store")
-        if self.packed is None:
-            return Step(self._physical.replace(common, layout, store), window)
+        if not isinstance(self.packed, PackedAttention):
+            return self._whole(self._physical.replace(common, layout, store), window)
         # The head of a physical table are the exact sinks, which staging holds.
         physical = self._physical.replace(common, layout, None)
         if layout is None:
@@ -247,7 +250,11 @@ class LaneRuntime:
         """Returns the metadata of a dummy step, in the buffers that real steps use."""
         if self._physical is None:  # memory profiling runs before the caches exist
             return Step(common, None)
-        return Step(self._physical.untouched(common), self._physical.no_window(common))
+        return self._whole(self._physical.untouched(common), self._physical.no_window(common))
+
+    def _whole(self, physical: CommonAttentionMetadata, window: QueryWindow | None) -> Step:
+        """Returns a step whose blocks are all alike: those of the stock kernel, or packed ones."""
+        return Step(physical, window, physical if isinstance(self.packed, PackedLane) else None)
 
     def _note_due_events(
         self,
