@@ -21,6 +21,7 @@ class Variant:
         num_warps: Warps of a program.
         num_stages: Stages of software pipelining.
         architecture: Compute capability, one of `ARCHITECTURES`.
+        max_registers: The launch's `maxnreg`, or None for ptxas's own choice.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Variant:
     num_warps: int
     num_stages: int
     architecture: int
+    max_registers: int | None = None

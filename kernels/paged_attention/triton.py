@@ -73,6 +73,7 @@ def launch(
         **tuning.constants(config, packed and packed.cells, size, block, group, max_query_len),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=tuning.MAX_REGISTERS,
     )
     if not is_final:
         _finish(work, query_start_loc, sinks, packed and value_rotation, clear=out is None)

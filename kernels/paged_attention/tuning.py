@@ -24,6 +24,8 @@ LONGEST = 4096
 PROGRAMS_PER_PROCESSOR = 8
 # Bytes of partial results, float32: the splits of a batch with many queries stay few.
 WORKSPACE_BYTES = 64 * 2**20
+# Left alone, ptxas spills a few registers of `attend` to fit one more program on a processor.
+MAX_REGISTERS = 255
 # Rows that a program of `rotate_rows` takes, and channels a step.
 ROTATE_ROWS = 16
 ROTATE_CHANNELS = 32
@@ -55,8 +57,13 @@ UNTUNED = {
     ("prefill", 128): ((128, 32, 8, 2), (128, 32, 8, 2)),
     ("prefill", 256): ((64, 16, 4, 2), (64, 16, 4, 2)),
 }
+# mma.sync keeps products in registers that wgmma and tcgen05 need not: fewer rows, or they spill.
+UNTUNED_MMA = UNTUNED | {
+    ("prefill", 128): ((32, 32, 4, 2), (128, 32, 8, 2)),
+    ("prefill", 256): ((32, 16, 4, 2), (64, 16, 8, 2)),
+}
 # Compute capability -> its table; newer ones than the last take the last's.
-TABLES = dict.fromkeys((80, 89, 90, 100), UNTUNED)
+TABLES = {80: UNTUNED_MMA, 89: UNTUNED_MMA, 90: UNTUNED, 100: UNTUNED}
 
 
 def config(

@@ -32,8 +32,8 @@ EXACT = "exact"  # no packed part
 # Format -> head sizes, beyond one (128) for all: sizes change the table's entry and the masks,
 # formats the decoding; each is met with the widest choice of the other once.
 HEAD_SIZES = {
-    EXACT: (64, 80, 96, 128, 256),
-    "kivi2": (64, 80, 96, 128, 256),
+    EXACT: (64, 80, 128, 256),
+    "kivi2": (64, 80, 128, 256),
     "int4-32": (64, 80, 256),
     "int8": (64, 256),
 }
@@ -159,4 +159,5 @@ def _variant(
     if kernel is rotate_rows:
         types["rows"] = "*fp32"
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-    return Variant(title, kernel, signature, constants, num_warps, num_stages, architecture)
+    most = tuning.MAX_REGISTERS if kernel is attend else None
+    return Variant(title, kernel, signature, constants, num_warps, num_stages, architecture, most)
