@@ -178,6 +178,26 @@ def test_persistent_tables_stay_where_they_are(plan, steps):
     assert len(addresses) == 1
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_kernel_fills_the_same_buffers(plan, monkeypatch):
+    from vllm_kvpress.kernels.physical_tables import reference, triton
+
+    starts = []
+
+    def launch(*arguments):
+        starts.append(arguments)
+        triton.launch(*arguments)
+
+    monkeypatch.setattr(reference, "physical_tables", launch)
+    tables = tables_of(plan, persistent=True)
+
+    for rows in ([(30, 40, 1), (64, 70, 1), (12, 0, 12)], [(33, 50, 1), (60, 61, 1)]):
+        batch = Batch(plan, rows, padding=1)
+        check(batch, batch.replaced(tables))
+
+    assert len(starts) == 2
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_batch_without_evictions_is_untouched(persistent):
     plan = PLANS["store"]

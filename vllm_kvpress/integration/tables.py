@@ -20,6 +20,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvpress import plan_rows
+from vllm_kvpress.kernels.physical_tables import physical_tables
 from vllm_kvpress.plan import RetentionPlan
 
 
@@ -201,39 +202,45 @@ class PhysicalTables:
         layout: BatchLayout,
         num_columns: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the same, computed on the device into the buffers that graphs read."""
-        logical = common.block_table_tensor
-        counts = torch.from_numpy(np.stack([layout.gaps, layout.head_blocks]))
-        gap, heads = counts.to(self.device, non_blocking=True)[:, :, None]
-        columns = torch.arange(num_columns, device=self.device)
-        table = logical.gather(1, (columns + gap).clamp_(max=logical.shape[1] - 1))
-        width = min(num_columns, head.shape[1])
-        in_head = columns[:width] < heads
-        table[:, :width] = torch.where(in_head, head[:, :width], table[:, :width])
-        lengths = common.seq_lens - (gap[:, 0] * self.plan.block_size).to(common.seq_lens.dtype)
-        return self._in_buffers(common, table, lengths)
+        """Returns the same, computed by one kernel into the buffers that graphs read."""
+        rows = common.num_reqs
+        table, lengths = self._buffers(common)
+        counts = torch.from_numpy(np.stack([layout.head_blocks, layout.gaps]))
+        head_blocks, gaps = counts.to(self.device, non_blocking=True)
+        physical_tables(
+            common.block_table_tensor[:rows],
+            head,
+            head_blocks,
+            gaps,
+            common.seq_lens[:rows],
+            self.plan.block_size,
+            table[:rows, :num_columns],
+            lengths[:rows],
+        )
+        return table[:rows], lengths[:rows]
 
     def untouched(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """Returns logical metadata, in the buffers that physical metadata uses."""
         if not self.persistent:
             return common
-        table, lengths = self._in_buffers(common, common.block_table_tensor, common.seq_lens)
+        table, lengths = self._buffers(common)
+        rows, columns = common.block_table_tensor.shape
+        table[:rows, :columns].copy_(common.block_table_tensor)
+        lengths[:rows].copy_(common.seq_lens)
         return common.replace(
-            block_table_tensor=table, seq_lens=lengths, _num_computed_tokens_cache=None
+            block_table_tensor=table[:rows],
+            seq_lens=lengths[:rows],
+            _num_computed_tokens_cache=None,
         )
 
-    def _in_buffers(
-        self, common: CommonAttentionMetadata, table: torch.Tensor, lengths: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, columns = table.shape
+    def _buffers(self, common: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns tables and lengths of the largest batch, always the same tensors."""
         if self._table is None or self._lengths is None:
-            width = common.block_table_tensor.shape[1]
+            rows, width = common.block_table_tensor.shape
             most = max(self._max_reqs, rows)
             self._table = torch.zeros(most, width, dtype=torch.int32, device=self.device)
-            self._lengths = torch.zeros(most, dtype=lengths.dtype, device=self.device)
-        self._table[:rows, :columns].copy_(table)
-        self._lengths[:rows].copy_(lengths)
-        return self._table[:rows], self._lengths[:rows]
+            self._lengths = torch.zeros(most, dtype=common.seq_lens.dtype, device=self.device)
+        return self._table, self._lengths
 
     def query_window(
         self,
