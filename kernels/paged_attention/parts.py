@@ -23,7 +23,8 @@ class ExactPart(NamedTuple):
             last, which is 1.
         values: Likewise.
         table: int32 [num_reqs, max_blocks].
-        lengths: int32 [num_reqs], tokens, the queries' own included.
+        lengths: int32 [num_reqs], tokens, the queries' own included; 0 where a request reads its
+            prefix alone.
     """
 
     keys: Tensor

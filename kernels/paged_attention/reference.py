@@ -140,6 +140,7 @@ def _attend(
         if bias is not None:
             logits[..., :num_prefix] += bias[:, None, None, :]
         last = num_tokens - n + torch.arange(first, first + some.shape[0])  # what each query sees
+        last.clamp_(min=num_prefix - 1)
         hidden = torch.arange(num_tokens) > last[:, None]
         logits.masked_fill_(hidden, -torch.inf)
         lse = torch.logsumexp(logits, dim=-1)  # [num_kv_heads, group, n]

@@ -234,3 +234,35 @@ def test_the_cpu_backend_with_an_fp8_cache(monkeypatch, name, dtype, scales):
 
     page_map.write(pages, torch.tensor([5]), *raw)
     assert torch.equal(pages[5], pages[2])
+
+
+@pytest.mark.parametrize("token_major", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_pages_of_cuda_backends_have_strided_views(heads, token_major):
+    layer = strided_layer(heads, 16, 8, token_major=token_major)
+    page_map, pages = PageMap.learn(layer, torch.float32), flat_pages(layer.kv_cache)
+    keys, values = fill(layer, 16, heads, 8, [3, 1])
+
+    views = page_map.views(pages)
+
+    for view, expected in zip(views, (keys, values), strict=True):
+        assert view.shape == (BLOCKS, 16, heads, 8)
+        assert view.stride(-1) == 1
+        assert torch.equal(view[[3, 1]].permute(2, 0, 1, 3).flatten(1, 2), expected)
+    views[0][3, 5, 0, 2] = 77
+    assert page_map.read(pages, torch.tensor([3]))[0][0, 5, 2] == 77
+
+
+@pytest.mark.parametrize("swapped", [(0, 0, 0, 0, 1), (1, 3, 2, 4, 5)])
+def test_pages_in_another_order_have_no_views(swapped):
+    layer = strided_layer(3, 16, 8, token_major=False)
+    side, token, head, one, other = swapped
+    row = layer.impl.places[side, token, head].clone()
+    row[[one, other]] = row[[other, one]]
+    layer.impl.places = layer.impl.places.clone()
+    layer.impl.places[side, token, head] = row
+
+    page_map = PageMap.learn(layer, torch.float32)
+
+    assert page_map.views(flat_pages(layer.kv_cache)) is None
+    assert PageMap.learn(layer_of(3, 16, 8), torch.float32).views(layer.kv_cache) is None

@@ -254,6 +254,7 @@ class Case:
                 logits = logits + self.biases[request].to(compute)[:, None, None]
             total = logits.shape[-1]
             last = torch.arange(total - n, total)[:, None]
+            last = last.clamp(min=self.prefix[request] - 1) if self.prefix else last
             logits = logits.masked_fill(torch.arange(total) > last, -math.inf)
             lse = logits.logsumexp(-1)
             if self.sinks:
@@ -322,6 +323,14 @@ def test_every_head_size_in_low_precision(name, size, group, dtype):
     case = Case(name, size=size, group=group, dtype=dtype, heads=heads, rotated=(True, True))
 
     assert_close(case, case.kernel(splits=2))
+    assert_close(case, case.reference())
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_a_request_without_exact_tokens_reads_its_prefix_alone(splits):
+    case = Case(queries=(5, 1, 3), prefix=(37, 20, 9), causal=(0, 0, 4))
+
+    assert_close(case, case.kernel(splits=splits))
     assert_close(case, case.reference())
 
 

@@ -92,11 +92,12 @@ def policy_backend(
         return type(name, (inner,), {**made, **head_backend(inner, policy)})
     scorer = resolve(policy)
     impl_cls = _policy_impl(inner.get_impl_cls(), scorer)
+    packs = policy.quantize is not None and not policy.quantize.is_fp8
     attributes: dict[str, Any] = {}
     if make_plan(policy, scorer, block_size=1).packs_on_write:
         impl_cls = _packed_impl(impl_cls)
         attributes["forward_includes_kv_cache_update"] = False
-    builder_cls = _policy_builder(inner.get_builder_cls())
+    builder_cls = _policy_builder(inner.get_builder_cls(), packs)
 
     def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
         # Exact type: a lane's spec, and other kinds of layers, pass through untouched.
@@ -195,7 +196,15 @@ def _packed_impl(policy_impl: type[Any]) -> type[Any]:
     return PackedImpl
 
 
-def _policy_builder(inner_builder: type[Any]) -> type[Any]:
+def _policy_builder(inner_builder: type[Any], packs: bool) -> type[Any]:
+    """Returns the builder of physical metadata.
+
+    Args:
+        inner_builder: The stock one.
+        packs: Whether the policy has packed cells. Which kernel a step needs depends on its
+            requests then, so a full CUDA graph cannot hold it; piecewise graphs leave it out.
+    """
+
     class PolicyBuilder(inner_builder):  # type: ignore[misc, valid-type]
         # V1 would skip build() for a second equal group and hand on a logical table.
         supports_update_block_table = False
@@ -203,6 +212,12 @@ def _policy_builder(inner_builder: type[Any]) -> type[Any]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.lane_runtime = find_runtime(self.vllm_config)
+
+        @classmethod
+        def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
+            if packs:
+                return AttentionCGSupport.NEVER
+            return super().get_cudagraph_support(*args, **kwargs)  # type: ignore[no-any-return]
 
         def build(
             self,

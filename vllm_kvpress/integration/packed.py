@@ -3,7 +3,8 @@
 Until the end of its prompt a request is read by the stock kernel. From its first event on it has
 several parts: packed cells of one or two stores, which every query sees whole, and staging's open
 blocks, in which the queries' own tokens are the last. A step in which any request has packed cells
-is computed here for all its requests. This is the PyTorch form, for CPU.
+is computed here for all its requests. This is the PyTorch form, for CPU; `kernel_form.py` has that
+for CUDA.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.integration.cells import CellStore
 from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
 from vllm_kvpress.integration.lanes import cells_of
@@ -199,21 +199,6 @@ def _fused_attention(
     return rows.to(query.dtype)
 
 
-def refuse_gpu(layer: LayerPages) -> None:
-    """Raises where packed cells cannot be read.
-
-    Raises:
-        UnsupportedModelError: on a GPU.
-    """
-    if layer.pages.device.type != "cpu":
-        raise UnsupportedModelError(
-            "packed codecs run on CPU only in this version",
-            got=str(layer.pages.device),
-            allowed="quantize fp8 on a GPU",
-            fix="Use a policy with quantize fp8, or without quantize",
-        )
-
-
 def page_bytes(layer: LayerPages) -> torch.Tensor:
     """Returns a layer's pages as uint8 [num_blocks, page_bytes], aliasing them."""
     return layer.pages.view(torch.uint8)
@@ -238,7 +223,6 @@ class PackedEventRunner(EventRunner):
         vllm_config: VllmConfig,
     ) -> None:
         super().__init__(plan, scorer, page_map, layers, vllm_config)
-        refuse_gpu(layers[0])
         self.stores = _stores_of(vllm_config, layers[0])
         self.attention = PackedAttention(self.stores, page_map, layers)
         self.nonfinite = 0
@@ -260,7 +244,7 @@ class PackedEventRunner(EventRunner):
             self._write("kv_store", event, layer, 0, keys[:, exact:end], values[:, exact:end])
             return
         heads = self.page_map.num_kv_heads
-        positions = torch.arange(prompt).expand(heads, -1)
+        positions = torch.arange(prompt, device=keys.device).expand(heads, -1)
         scores = self._observe(event, layer, keys, values, positions)
         kept = exact + select_tokens(
             scores[:, exact:],
@@ -302,8 +286,8 @@ class PackedEventRunner(EventRunner):
         found = self.stores[lane].write(page_bytes(layer), table, start, keys, values)
         if found and not self.nonfinite:
             logger.warning(
-                "KV policy: NaN or infinity in keys or values of layer %d, stored as 0 and the "
-                "largest float16; more are counted silently.",
+                "KV policy: NaN or infinity in keys or values, seen at layer %d, stored as 0 and "
+                "the largest float16; more are counted silently.",
                 layer.layer_idx,
             )
         self.nonfinite += found

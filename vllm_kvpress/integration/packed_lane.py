@@ -17,9 +17,10 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.integration.events import LayerPages
 from vllm_kvpress.integration.lanes import cells_of
-from vllm_kvpress.integration.packed import page_bytes, refuse_gpu
+from vllm_kvpress.integration.packed import page_bytes
 from vllm_kvpress.integration.plugin import policy_of
 from vllm_kvpress.kernels.cells import Cells, Side
 from vllm_kvpress.kernels.paged_attention import PackedPart, paged_attention
@@ -45,7 +46,7 @@ class PackedLane:
         policy = policy_of(vllm_config)
         assert policy is not None
         assert policy.quantize is not None
-        refuse_gpu(layers[0])
+        _refuse_gpu(layers[0])
         spec = layers[0].layer.get_kv_cache_spec(vllm_config)
         form = cells_of(policy.quantize, spec)
         assert form is not None
@@ -128,3 +129,14 @@ class PackedLane:
             **self._rotation,
         )
         return output
+
+
+def _refuse_gpu(layer: LayerPages) -> None:
+    """Raises UnsupportedModelError on a GPU."""
+    if layer.pages.device.type != "cpu":
+        raise UnsupportedModelError(
+            "codecs that pack tokens as they are written run on CPU only in this version",
+            got=str(layer.pages.device),
+            allowed="on a GPU: packed stores, quantize fp8",
+            fix="Use kivi4 or kivi2, quantize.residual_tokens, a scorer that ranks tokens, or fp8",
+        )

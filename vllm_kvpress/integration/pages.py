@@ -150,6 +150,38 @@ class PageMap:
         order = place.transpose(1, 2).reshape(-1)  # [K|V, heads, block_size, head_dim]
         return cls(heads, block_size, head_dim, order)
 
+    def views(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns K and V as kernels address them, or None if no strides describe their order.
+
+        Args:
+            pages: [num_blocks, page_elements] of one layer.
+
+        Returns:
+            Two tensors [num_blocks, block_size, num_kv_heads, head_dim] that alias `pages`, dense
+            along the last axis.
+        """
+        place = self.order.view(2, self.num_kv_heads, self.block_size, self.head_dim)
+        steps = []
+        for axis in (1, 2, 3):
+            one = place.select(axis, min(1, place.shape[axis] - 1))
+            steps.append(int((one - place.select(axis, 0)).flatten()[0]))
+        head, token, channel = steps
+        strided = place[:, :1, :1, :1]
+        for axis, step in zip((1, 2, 3), steps, strict=True):
+            shape = [1] * 4
+            shape[axis] = -1
+            index = torch.arange(place.shape[axis], device=place.device)
+            strided = strided + (index * step).view(shape)
+        if channel != 1 or not torch.equal(strided, place):
+            return None
+        size = (len(pages), self.block_size, self.num_kv_heads, self.head_dim)
+        strides = (pages.stride(0), token, head, 1)
+        keys, values = (
+            pages.as_strided(size, strides, pages.storage_offset() + int(first))
+            for first in place[:, 0, 0, 0]
+        )
+        return keys, values
+
     def read(self, pages: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns copies of K and V of whole blocks, each [num_kv_heads, tokens, head_dim].
 

@@ -1,0 +1,59 @@
+"""Packed stores by kernel, in Triton's interpreter: the engine against the dense reference."""
+
+import pytest
+from reference.dense import DenseLlama
+from reference.tiny_model import random_llama, random_prompt
+
+from engine.compare import compare
+from engine.kernels import run_by_kernel
+from engine.test_demoted import CASES as DEMOTED
+from engine.test_packed import CASES as PACKED
+
+CHUNK = 64
+# Two tokens before a block closes, beyond the budget and KIVI's residual; in mid-block, read while
+# the first one decodes; and too short to pack anything.
+LENGTHS, NUM_OUTPUTS, ARRIVALS = (254, 141, 37), (9, 5, 3), (0, 2, 5)
+CASES = {**PACKED, **DEMOTED}
+FAST = ("kivi2", "snapkv-int4")
+ROWS = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.full, id=name)
+    for name in (*PACKED, "snapkv-int4-kivi2", "knorm-kivi4-int4")
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model of two layers: interpreted programs take milliseconds each."""
+    path = tmp_path_factory.mktemp("small") / "model"
+    return random_llama(path, layers=2, heads=4, kv_heads=2, max_positions=512)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+@pytest.mark.parametrize("name", ROWS)
+def test_the_engine_equals_the_reference(name, engine_of, small, monkeypatch):
+    launches = run_by_kernel(monkeypatch)
+    one = CASES[name]
+    engine = engine_of(one.policy, model=small)
+    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+
+    traces = engine.run(prompts, NUM_OUTPUTS, chunk=CHUNK, arrive_at=ARRIVALS)
+
+    model = DenseLlama(small)
+    assert launches["compact"] >= 2 * 2
+    assert launches["paged_attention"] >= 2 * (max(NUM_OUTPUTS) - 1)
+    decoding = {
+        step
+        for step, (start, _) in zip(traces[0].steps, traces[0].chunks, strict=True)
+        if start >= LENGTHS[0]
+    }
+    assert decoding & {
+        step
+        for step, (start, end) in zip(traces[1].steps, traces[1].chunks, strict=True)
+        if end - start > 1
+    }
+    for trace in traces:
+        comparison = compare(trace, model, one.rule)
+        assert comparison.agrees(one.tolerance), (len(trace.prompt), comparison)
+    for what, mistake in one.mistakes.items():
+        error = compare(traces[0], model, mistake, own=True).error
+        assert error > 2 * one.tolerance, what
