@@ -210,7 +210,8 @@ def parse_arguments() -> argparse.Namespace:
     shape_help = "layers and KV heads of the model, to size pools of equal bytes"
     parser.add_argument("--shape", nargs=2, type=int, default=[4, 4], help=shape_help)
     parser.add_argument("--requests", type=int, default=24, help="prompts that arrive at once")
-    parser.add_argument("--outputs", type=int, default=96, help="tokens that each generates")
+    outputs_help = "tokens that each generates; so many that the first is not done before the last"
+    parser.add_argument("--outputs", type=int, default=224, help=outputs_help)
     parser.add_argument("--batched-tokens", type=int, default=512, help="tokens of one step")
     parser.add_argument("--rounds", type=int, default=5, help="turns of the timing")
     parser.add_argument("--time-outputs", type=int, default=24, help="tokens generated in a turn")

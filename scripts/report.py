@@ -166,6 +166,34 @@ def evaluated(records: Sequence[Result]) -> str:
     )
 
 
+def heads_table(record: Record) -> str:
+    """Return memory and time of head plans: a row a length and share of retrieval heads."""
+    found = {(r["length"], r["ratio"], r["kind"]): r for r in record["results"]}
+    rows = []
+    for length, kept in dict.fromkeys(key[:2] for key in found):
+        memory, timed = (found[length, kept, kind] for kind in ("memory", "time"))
+        rows.append([str(length), f"{kept:g}", f"{memory['steady_bytes'] / 1e6:.1f}"])
+        rows[-1] += [f"**{memory['running']}**", f"{memory['formula']:.1f}"]
+        rows[-1] += [timed_cell(timed, what) for what in ("prefill", "decode")]
+    header = ["prompt tokens", "retrieval heads", "MB a request", "at once", "formula"]
+    header += ["prefill", "decode step"]
+    settings = record["settings"]
+    note = (
+        f"Heads drawn at random, {settings['sink_tokens']} sinks and a window of "
+        f"{settings['recent_tokens']} tokens; 1 is stock vLLM. At once: of {settings['requests']} "
+        f"prompts, in a pool of the bytes of {settings['pool_requests']} uncompressed requests. "
+        f"Times of one request: milliseconds (and their ratio to stock in the same turn), medians "
+        f"of {settings['rounds']} turns, beside other work. {made_with(record)}"
+    )
+    return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def timed_cell(timed: Result, what: str) -> str:
+    """Return a median time with the median of its ratio to stock."""
+    milliseconds = timed[f"{what}_ms"]["median"]
+    return f"{milliseconds:.1f} ({timed[f'{what}_ratio']['median']:.2f})"
+
+
 def label(policy: str) -> str:
     """Return a policy's name for people."""
     return LABELS.get(policy, f"`{policy}`")
@@ -227,6 +255,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], str]]] = {
     "headline": ("cpu_memory.json", read_record, headline),
     "memory": ("cpu_memory.json", read_record, memory_table),
     "cost": ("cpu_cost.json", read_record, cost_table),
+    "heads": ("cpu_heads.json", read_record, heads_table),
     "quality": ("cpu_quality", read_results, quality_table),
     "tasks": ("cpu_tasks", read_results, quality_table),
     "codec-quality": ("cpu_codec_quality", read_results, codec_quality_table),
