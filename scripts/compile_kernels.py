@@ -315,8 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Part {} of {}: each variant for some architectures only.".format(*options.part))
     print(*lines, sep="\n", end="\n" if lines else "")
     if options.json:
+        from records import command
+
         result = {
             "triton": triton.__version__,
+            "command": command(sys.argv),
             "part": options.part,
             "seconds": round(seconds, 1),
             "problems": lines,
