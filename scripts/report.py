@@ -258,6 +258,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], str]]] = {
     "heads": ("cpu_heads.json", read_record, heads_table),
     "quality": ("cpu_quality", read_results, quality_table),
     "tasks": ("cpu_tasks", read_results, quality_table),
+    "heads-quality": ("cpu_heads_quality", read_results, quality_table),
     "codec-quality": ("cpu_codec_quality", read_results, codec_quality_table),
 }
 
