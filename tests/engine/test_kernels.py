@@ -4,10 +4,13 @@ import pytest
 from reference.dense import DenseLlama
 from reference.tiny_model import random_llama, random_prompt
 
-from engine.compare import compare
+from engine.compare import FELT, compare
 from engine.kernels import run_by_kernel
 from engine.test_demoted import CASES as DEMOTED
 from engine.test_packed import CASES as PACKED
+from engine.test_packed_lane import CASES as LANES
+from engine.test_packed_lane import RecordingEngine, check
+from engine.test_packed_lane import compare as compare_written
 
 CHUNK = 64
 # Two tokens before a block closes, beyond the budget and KIVI's residual; in mid-block, read while
@@ -57,3 +60,24 @@ def test_the_engine_equals_the_reference(name, engine_of, small, monkeypatch):
     for what, mistake in one.mistakes.items():
         error = compare(traces[0], model, mistake, own=True).error
         assert error > 2 * one.tolerance, what
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+@pytest.mark.parametrize(
+    "name", ["int4-g32-rotated", pytest.param("streaming-int8", marks=pytest.mark.full)]
+)
+def test_tokens_packed_as_they_are_written_equal_the_reference(name, small, monkeypatch):
+    launches = run_by_kernel(monkeypatch)
+    one = LANES[name]
+    prompts = [random_prompt(length, seed=length) for length in (97, 37)]
+    engine = RecordingEngine(small, one.policy, one.rule)
+
+    traces = engine.run(prompts, [5, 3], chunk=CHUNK, arrive_at=(0, 2))
+
+    engine.close()
+    steps = {step for trace in traces for step in trace.steps}
+    assert launches["quantize_on_write"] == launches["paged_attention"] == 2 * len(steps)
+    model = DenseLlama(small)
+    check(traces, model, one.rule)
+    mistake = one.mistakes["own chunk read exactly"]
+    assert compare_written(traces[0], model, mistake)[0] > FELT

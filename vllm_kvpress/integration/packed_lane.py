@@ -17,8 +17,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.integration.events import LayerPages
+from vllm_kvpress.integration.kernel_form import packed_runner
 from vllm_kvpress.integration.lanes import cells_of
 from vllm_kvpress.integration.packed import page_bytes
 from vllm_kvpress.integration.plugin import policy_of
@@ -31,7 +31,7 @@ logger = init_logger("vllm.kvpress")
 
 
 class PackedLane:
-    """Writes and reads a staging lane of packed cells; on CPU in PyTorch.
+    """Writes and reads a staging lane of packed cells: on CPU in PyTorch, on CUDA by kernel.
 
     Args:
         vllm_config: The engine's configuration, with a policy that packs on write.
@@ -46,7 +46,7 @@ class PackedLane:
         policy = policy_of(vllm_config)
         assert policy is not None
         assert policy.quantize is not None
-        _refuse_gpu(layers[0])
+        packed_runner(layers[0].pages.device)  # refuses devices without kernels
         spec = layers[0].layer.get_kv_cache_spec(vllm_config)
         form = cells_of(policy.quantize, spec)
         assert form is not None
@@ -61,6 +61,8 @@ class PackedLane:
             "rotate_values": policy.quantize.rotate == "both",
         }
         self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        # What the host knows of it: on a GPU a copy that arrives later, so that nothing waits.
+        self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._warned = False
 
     def write(
@@ -83,7 +85,10 @@ class PackedLane:
             nonfinite=self.nonfinite,
             **self._rotation,
         )
-        if not self._warned and int(self.nonfinite):
+        if self._warned:
+            return
+        self._seen.copy_(self.nonfinite, non_blocking=True)
+        if int(self._seen):
             self._warned = True
             logger.warning(
                 "KV policy: NaN or infinity in keys or values, stored as 0 and the largest "
@@ -129,14 +134,3 @@ class PackedLane:
             **self._rotation,
         )
         return output
-
-
-def _refuse_gpu(layer: LayerPages) -> None:
-    """Raises UnsupportedModelError on a GPU."""
-    if layer.pages.device.type != "cpu":
-        raise UnsupportedModelError(
-            "codecs that pack tokens as they are written run on CPU only in this version",
-            got=str(layer.pages.device),
-            allowed="on a GPU: packed stores, quantize fp8",
-            fix="Use kivi4 or kivi2, quantize.residual_tokens, a scorer that ranks tokens, or fp8",
-        )
