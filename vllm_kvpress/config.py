@@ -318,7 +318,7 @@ def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
             got=codecs.lower(),
             allowed="fp8, or keys int8, int4, none without residual_tokens, exact_sinks and "
             "layers.skip",
-            fix="Use int8 or int4, or a scorer that ranks tokens",
+            fix="Use int8 or int4 and drop those options, or use a scorer that ranks tokens",
         )
 
 

@@ -7,8 +7,14 @@ Rows stay refused until a test proves that they work.
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-__all__ = ["ALLOWED", "REFUSED", "Refusal", "refused_options"]
+from vllm_kvpress.errors import ConflictError
+
+if TYPE_CHECKING:
+    from vllm_kvpress.config import Policy
+
+__all__ = ["ALLOWED", "REFUSED", "Refusal", "check_cache_dtype", "refused_options"]
 
 Refuses = Callable[[str], bool]
 
@@ -17,7 +23,7 @@ ALLOWED = (
     "tensor parallelism",
     "prefix caching, chunked prefill, asynchronous scheduling",
     "LoRA",
-    "--kv-cache-dtype fp8",
+    "--kv-cache-dtype fp8 without packed codecs",
     "n > 1",
     "prompt_logprobs",
     "structured output",
@@ -158,7 +164,7 @@ REFUSED = (
         "kv_cache_dtype",
         "a KV cache of another dtype than the model's or fp8",
         "evicting policies move K and V as they lie in the cache, without scales beside them",
-        "Use --kv-cache-dtype auto or fp8",
+        "Use --kv-cache-dtype auto, or fp8 without packed codecs",
         {"kv-cache-dtype": _no_plain_dtype},
     ),
     Refusal(
@@ -246,3 +252,22 @@ def refused_options(options: Mapping[str, str]) -> list[tuple[str, Refusal]]:
         for name, refuses in row.options.items()
         if name in plain and refuses(plain[name])
     ]
+
+
+def check_cache_dtype(policy: "Policy", cache_dtype: str) -> None:
+    """Checks that the policy's precision and vLLM's `--kv-cache-dtype` say the same.
+
+    Raises:
+        ConflictError: they contradict each other.
+    """
+    quantize = policy.quantize
+    if quantize is None:
+        return
+    is_fp8 = cache_dtype in FP8_DTYPES
+    if is_fp8 != quantize.is_fp8:
+        raise ConflictError(
+            "the policy's quantize and vLLM's --kv-cache-dtype contradict each other",
+            got=f"quantize {quantize.keys}, --kv-cache-dtype {cache_dtype}",
+            allowed=", ".join(FP8_DTYPES) if quantize.is_fp8 else "auto",
+            fix="Drop --kv-cache-dtype",
+        )

@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--policies",
         metavar="LIST",
-        help="names, names:with=overrides, FILE.yaml; by default all shipped ones",
+        help="names, names:with=overrides, FILE.yaml; by default all shipped ones without files",
     )
     evaluate.add_argument("--keep-ratio", default="0.5,0.25,0.1", metavar="LIST")
     evaluate.add_argument("--tasks", default="needle,multi_key", metavar="LIST")

@@ -10,7 +10,12 @@ from vllm_kvpress.cli.explain_heads import explain_heads
 from vllm_kvpress.cli.model_shape import ModelShape, read_model_shape
 from vllm_kvpress.cli.vllm_words import parse_vllm_words
 from vllm_kvpress.config import Policy, load_policy
-from vllm_kvpress.conflict_table import ALLOWED, FP8_DTYPES, refused_options
+from vllm_kvpress.conflict_table import (
+    ALLOWED,
+    FP8_DTYPES,
+    check_cache_dtype,
+    refused_options,
+)
 from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import ConfigError, ConflictError, UnsupportedModelError, shown
 from vllm_kvpress.layout import (
@@ -68,6 +73,8 @@ def explain(
         head_size=model_shape.head_size,
         dtype=model_shape.dtype,
     )
+    if options.get("kv-cache-dtype", "auto") != "auto":
+        check_cache_dtype(policy, options["kv-cache-dtype"])
     cache = replace(full_cache, dtype=_cache_dtype(policy, model_shape, options))
     check_skipped(
         policy.layers.skip,
@@ -76,6 +83,10 @@ def explain(
     )
     cells = _cells(policy, model_shape, cache)
     plan = _plan(policy, scorer, model_shape, cache, cells)
+    if policy.heads.splits:
+        _check_all_full(model_shape, "a head plan")
+    if plan.packs_on_write:
+        _check_all_full(model_shape, "a codec that packs tokens as they are written")
     page_bytes = (full_cache.page_bytes, _page_bytes(plan, cache, cells))
     num_prompt, num_output = _lengths(limit, prompt_tokens, output_tokens)
 
@@ -88,7 +99,6 @@ def explain(
     )
     console.print(_kept_table(policy, scorer, plan, cache))
     if policy.heads.splits:
-        _check_all_full(model_shape)
         step_tokens = _size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
         lengths = (num_prompt, num_output)
         explain_heads(console, policy, heads, (full_cache, cache), lengths, step_tokens)
@@ -104,12 +114,12 @@ def explain(
     _report_conflicts(console, options)
 
 
-def _check_all_full(shape: ModelShape) -> None:
+def _check_all_full(shape: ModelShape, what: str) -> None:
     if shape.num_sliding_layers:
         raise UnsupportedModelError(
-            "a head plan needs a model whose layers all have full attention",
+            f"{what} needs a model whose layers all have full attention",
             got=f"{shape.num_sliding_layers} layers with a sliding window",
-            fix="Use a policy without a head plan",
+            fix="Use another policy",
         )
 
 
@@ -248,7 +258,8 @@ def _skipped_text(policy: Policy, skipped: SkippedGroups) -> str:
     layers = ", ".join(map(str, sorted(policy.layers.skip)))
     return (
         f"layers {layers}, every token, in blocks of {skipped.block_size} tokens (prefix hits end "
-        f"there; {skipped.padding:.1%} of a request's memory is padding)"
+        f"there; {skipped.padding:.1%} of a request's memory is padding where the other layers "
+        "keep a quarter of its tokens)"
     )
 
 
@@ -303,12 +314,14 @@ def _blocks_table(
     packed = {name: round(one.bytes_per_token * num_layers) for name, one in in_store.items()}
     pools = [_POOL_REQUESTS * full * block_bytes[0] // one for one in block_bytes]
     running = plan.requests_at_once(pools[1], num_prompt, num_output)
-    start = total - 1
+    read = plan.physical_tokens(num_prompt, total - 1, total)
+    apart = "" if plan.skipped is None else ", skipped layers apart"
     rows = (
         ("bytes per token held", *(f"{num_bytes:,}" for num_bytes in token_bytes)),
-        *((f"bytes per token {name}", "-", f"{size:,}") for name, size in packed.items()),
-        ("tokens that attention reads", total, plan.physical_tokens(num_prompt, start, total)),
-        ("blocks at the prompt's end (peak)", -(-num_prompt // plan.block_size), peak),
+        *((f"bytes per token {name}{apart}", "-", f"{size:,}") for name, size in packed.items()),
+        (f"tokens that attention reads{apart}", total, read),
+        ("bytes of a block", *(f"{num_bytes:,}" for num_bytes in block_bytes)),
+        ("blocks at most", full, peak),
         ("blocks while it generates", full, steady),
         ("memory while it generates", _mib(full * block_bytes[0]), _mib(steady * block_bytes[1])),
         (f"blocks in {_mib(pools[0] * block_bytes[0])}", *pools),

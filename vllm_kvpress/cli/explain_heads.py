@@ -82,12 +82,15 @@ def _table(
     num_full = -(-(num_prompt + num_output) // figures.block_size)
     pool = _POOL_REQUESTS * num_full * full_block
     running = figures.requests_at_once(pool // block, num_prompt, num_output)
-    prompt_full = -(-num_prompt // figures.block_size)
     rows = (
-        ("bytes per further token", full_block, groups.num_retrieval * caches[1].bytes_per_head),
         (
-            "memory at the prompt's end (peak)",
-            prompt_full * full_block,
+            "bytes per further token",
+            full_block,
+            groups.width * groups.runs.retrieval * caches[1].bytes_per_head,
+        ),
+        (
+            "memory at most",
+            num_full * full_block,
             figures.peak_blocks(num_prompt, num_output) * block,
         ),
         (

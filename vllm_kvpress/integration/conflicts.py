@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_kvpress.config import Policy
-from vllm_kvpress.conflict_table import FP8_DTYPES, REFUSED, Refusal
+from vllm_kvpress.conflict_table import FP8_DTYPES, REFUSED, Refusal, check_cache_dtype
 from vllm_kvpress.errors import ConflictError, UnsupportedModelError
 from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import resolve
@@ -202,7 +202,7 @@ def check_policy(policy: Policy, config: "VllmConfig") -> None:
     )
     scorer = resolve(policy)
     make_plan(policy, scorer, block_size=config.cache_config.block_size).check()
-    _check_cache_dtype(policy, config.cache_config.cache_dtype)
+    check_cache_dtype(policy, config.cache_config.cache_dtype)
     ranks = config.parallel_config.tensor_parallel_size
     if scorer.scope == "layer" and ranks > 1:
         raise ConflictError(
@@ -211,18 +211,4 @@ def check_policy(policy: Policy, config: "VllmConfig") -> None:
             got=f"--tensor-parallel-size {ranks}",
             allowed="1, or a scorer with scope 'head'",
             fix="Use --tensor-parallel-size 1 or another scorer",
-        )
-
-
-def _check_cache_dtype(policy: Policy, cache_dtype: str) -> None:
-    quantize = policy.quantize
-    if quantize is None:
-        return
-    is_fp8 = cache_dtype in FP8_DTYPES
-    if is_fp8 != quantize.is_fp8:
-        raise ConflictError(
-            "the policy's quantize and vLLM's --kv-cache-dtype contradict each other",
-            got=f"quantize {quantize.keys}, --kv-cache-dtype {cache_dtype}",
-            allowed=", ".join(FP8_DTYPES) if quantize.is_fp8 else "auto",
-            fix="Drop --kv-cache-dtype",
         )
