@@ -4,6 +4,7 @@
 # TORCH_INDEX_URL  package index for torch alone (default: pip's own). Name the CPU wheel index of
 #                  PyTorch here where the ordinary index offers only the CUDA build.
 # DEMO_ARGS        arguments of the demo, e.g. DEMO_ARGS="--seed 7 --policy keydiff"
+# TEST_JOBS        processes that share out the test files (default: 2; an engine needs about 2 GB)
 # TEST_ARGS        arguments of pytest, e.g. TEST_ARGS="-k plan -x"
 
 SHELL := /bin/bash
@@ -12,7 +13,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 TORCH_INDEX_URL ?=
 DEMO_ARGS ?=
+TEST_JOBS ?= 2
 TEST_ARGS ?=
+# A file's tests share an engine, so a file goes to one process.
+PYTEST = $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
@@ -42,10 +46,10 @@ demo: $(STAMP)  ## serve the bundled model with and without a policy, and compar
 	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 test: $(STAMP)  ## run the test suite
-	$(BIN)/python -m pytest -m 'not full' $(TEST_ARGS)
+	$(PYTEST) -m 'not full' $(TEST_ARGS)
 
 test-full: $(STAMP)  ## run every test, the exhaustive ones too
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ __all__ = ["launch", "variants"]
 
 LOG2_E = 1.4426950408889634
 # What is checked to compile; for fp8 keys each entry of the table once.
-HEAD_SIZES = (64, 80, 128, 256)
+HEAD_SIZES = (64, 80, 96, 128, 256)
 FP8_HEAD_SIZES = (64, 128, 256)
 # Tiles and queries that a merging program reads at a time, and tokens of a program that pools.
 MERGE_ROWS, MERGE_QUERIES, POOL_TOKENS = 64, 32, 256
