@@ -71,6 +71,14 @@ def test_check_prints_the_policy_in_full(run, tmp_path):
     assert "SnapKVScorer(window=32, pool=5, pooling='avg')" in out
 
 
+def test_what_check_prints_of_a_name_is_a_policy_file(run, tmp_path):
+    file = tmp_path / "mine.yaml"
+
+    file.write_text(run("check", "snapkv:window=48")[1])
+
+    assert load_policy(file).evict == load_policy("snapkv:window=48").evict
+
+
 def test_what_check_prints_is_a_policy_file_again(run, tmp_path):
     first = tmp_path / "snapkv.yaml"
     first.write_text("base: snapkv\n")
@@ -350,7 +358,11 @@ WRONG_WORDS = [
     ),
     (["explain", "snapkv", "--model", "testbed", "--", "--block-size", "x"], ["--block-size"]),
     (["check", "missing.yaml"], ["'missing.yaml' cannot be read"]),
-    (["check", "snapkv"], ["has the wrong ending", ".yaml"]),
+    (["check", "snapkw"], ["'snapkw' is not known", "Did you mean 'snapkv'?"]),
+    (
+        ["explain", "snapkv", "--model", "testbed", "--", "--kv-policy", "knorm"],
+        ["named twice", "Drop --kv-policy"],
+    ),
     (["check", "configs/duo.yaml"], ["heads.file is missing", "calibrate-heads"]),
     (["explain", "razor", "--model", "testbed"], ["heads.file is missing", "razor:file=FILE.tsv"]),
 ]

@@ -137,8 +137,12 @@ FORMULAS = [
 ]
 
 
+def formula_id(value):
+    return getattr(value, "__name__", str(value)[:45])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("scorer", "formula"), FORMULAS, ids=lambda value: repr(value)[:45])
+@pytest.mark.parametrize(("scorer", "formula"), FORMULAS, ids=formula_id)
 def test_score_is_the_formula(observe, scorer, formula, shape):
     obs = observe(**shape)
 

@@ -126,4 +126,5 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
 
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """Returns the last hidden states [1, num_tokens, hidden_size] of token ids [num_tokens]."""
-    return model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
+    hidden: Tensor = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
+    return hidden

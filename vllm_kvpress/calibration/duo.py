@@ -108,7 +108,7 @@ def train_gates(
             group["lr"] = settings.learning_rate * _rate_share(step, settings.steps)
         optimizer.zero_grad()
         loss = _distillation_loss(model, sample(step), gates, settings)
-        (loss + settings.reg_weight * gates.sum()).backward()
+        torch.autograd.backward(loss + settings.reg_weight * gates.sum())
         optimizer.step()
         with torch.no_grad():
             gates.clamp_(0, 1)

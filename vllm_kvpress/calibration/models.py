@@ -50,8 +50,9 @@ def load_model(name: str) -> Loaded:
     path = resolve_model(name)
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"the model {shown(name)} is not there", allowed=_ALLOWED)
-    disable_progress_bar()  # of the weights' loading; the run has its own
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading; the run has its own
     on_gpu = torch.cuda.is_available()
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if on_gpu else torch.float32, attn_implementation="sdpa"

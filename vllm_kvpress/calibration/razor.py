@@ -45,7 +45,7 @@ class RepeatScores:
         """Returns the highest score of each KV head's query heads, [num_layers, num_kv_heads]."""
 
         def most(scores: Tensor) -> Tensor:
-            return scores.unflatten(1, (num_kv_heads, -1)).amax(-1)
+            return scores.reshape(len(scores), num_kv_heads, -1).amax(-1)
 
         return RepeatScores(most(self.echo), most(self.induction))
 

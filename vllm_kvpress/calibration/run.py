@@ -175,7 +175,7 @@ class _progress:  # noqa: N801 - used like a function
 
 def _num_words(loaded: Loaded) -> int:
     """Tokens that can be drawn without repetition: all but the special ones."""
-    return max(2, loaded.model.config.vocab_size - 3)
+    return max(2, int(loaded.model.config.vocab_size) - 3)
 
 
 def _rounded(scores: Tensor) -> list[list[float]]:

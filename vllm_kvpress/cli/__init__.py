@@ -7,7 +7,6 @@ transformers. Exit code 0, or 2 with one line on stderr.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from vllm_kvpress import __version__
@@ -56,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     policies = commands.add_parser("policies", help="list the policies, a line each")
     policies.set_defaults(run=_run_policies)
 
-    check = commands.add_parser("check", help="check a policy file and print it in full")
-    check.add_argument("file", type=Path, metavar="FILE.yaml")
+    check = commands.add_parser("check", help="check a policy and print it in full")
+    check.add_argument("policy", help="FILE.yaml, a name, or inline JSON")
     check.set_defaults(run=_run_check)
 
     explain = commands.add_parser(
@@ -107,11 +106,11 @@ def _run_check(arguments: argparse.Namespace) -> None:
     from vllm_kvpress.policies import resolve
     from vllm_kvpress.policies.heads import check_heads
 
-    policy = load_policy(arguments.file)
+    policy = load_policy(arguments.policy)
     scorer = resolve(policy)
     check_heads(policy.heads)
     print(yaml.safe_dump(policy.to_json(), sort_keys=False), end="")
-    print(f"# {arguments.file} is a valid policy; its scorer: {scorer}")
+    print(f"# {arguments.policy} is a valid policy; its scorer: {scorer}")
 
 
 def _run_explain(arguments: argparse.Namespace) -> None:

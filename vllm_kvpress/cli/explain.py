@@ -63,6 +63,12 @@ def explain(
     model_shape = read_model_shape(model)
     heads = resolve_heads(policy.heads, _head_shape(model_shape))
     options = parse_vllm_words(vllm_words or [])
+    if "kv-policy" in options:
+        raise ConfigError(
+            "the policy is named twice",
+            got=f"{shown(policy_source)}, and --kv-policy after --",
+            fix="Drop --kv-policy",
+        )
     if block_size is not None:
         options["block-size"] = str(block_size)  # refused alike, wherever it was given
     block_size = block_size or _size_option(options, "block-size") or _BLOCK_SIZE
@@ -364,7 +370,9 @@ def _mib(num_bytes: int) -> str:
 def _report_conflicts(console: Console, options: dict[str, str]) -> None:
     conflicts = refused_options(options)
     if not conflicts:
-        text = "none with the given options" if options else "no vLLM options were given after --"
+        text = "no vLLM options were given after --"
+        if options:
+            text = "none with the given options, whose spelling vLLM checks"
         console.print(
             f"[bold]Conflicts[/]: {text}. Works with: {'; '.join(ALLOWED)}.", soft_wrap=True
         )
