@@ -23,13 +23,22 @@ from vllm_kvpress.evaluation.grid import FLOOR
 from vllm_kvpress.evaluation.grid import FULL as EVAL_FULL
 from vllm_kvpress.evaluation.items import num_prompts
 from vllm_kvpress.evaluation.records import Results, by_cell, read_results
-from vllm_kvpress.evaluation.tables import difference, memory_share, not_better_than_floor
+from vllm_kvpress.evaluation.tables import (
+    difference,
+    divergence_cells,
+    memory_share,
+    not_better_than_floor,
+)
 
 README = REPOSITORY / "README.md"
 FULL = "none"
 HEADLINE_POLICY = "snapkv"
 MEMORY_LEGEND = (
     "Memory: bytes of a request when it was last scheduled, as a share of the full cache's."
+)
+DIVERGENCE_LEGEND = (
+    "KL: of next-token distributions from the full cache's, along its answers; ± one standard "
+    "error over questions. Same token: share of these tokens that the policy would have chosen. "
 )
 LABELS = {FULL: "full cache", EVAL_FULL: "full cache"}
 
@@ -140,19 +149,23 @@ def codec_quality_table(results: Results) -> str:
     records = results.records
     (((task, length), cell),) = by_cell(records).items()
     rows = []
+    diverges = records[-1]["settings"].get("divergence", False)
     for record in cell:
         held = memory_share(records, record)
         rows.append([label(record["policy"]), f"{record['keep_ratio']:g}"])
         rows[-1] += [f"{100 * record['accuracy']:.1f}", difference(cell, record, EVAL_FULL)]
+        rows[-1] += divergence_cells(record) if diverges else ()
         rows[-1].append("-" if held is None else f"{100 * held:.0f}")
     number = num_prompts(task) * records[-1]["settings"]["limit"]
     note = (
         f"Per cent of {number:,} questions (task `{task}`, {length} tokens, "
         f"{records[-1]['settings']['limit']} documents) answered right, the same for all, greedy, "
         f"and the paired difference in points; ± one standard error over documents. "
-        f"{MEMORY_LEGEND} {evaluated(records)}"
+        f"{DIVERGENCE_LEGEND if diverges else ''}{MEMORY_LEGEND} {evaluated(records)}"
     )
-    header = ["policy", "kept", "right, %", "minus full cache", "memory, %"]
+    header = ["policy", "kept", "right, %", "minus full cache"]
+    header += ["KL, nats", "same token, %"] if diverges else []
+    header.append("memory, %")
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 

@@ -17,6 +17,7 @@ WORDS = [
     "--tasks=needle,multi_turn,late_needle",
     "--lengths=1024",
     "--limit=4",
+    "--divergence",
     "--no-plots",
 ]
 TASKS = ("needle", "multi_turn", "late_needle")
@@ -78,6 +79,21 @@ def test_blocks_are_those_of_full_cache_and_plan(folder):
     assert full["engine"]["block_bytes"] == 32 * 4 * 4 * 64 * 2 * 2
     assert full["bytes_per_token"] == pytest.approx(4096, rel=0.1)
     assert random["requests_at_once"]["in_pool"] > 1.8 * full["requests_at_once"]["in_pool"]
+
+
+def test_divergence_from_the_full_cache_tells_policies_apart(folder):
+    found = read(folder)
+
+    for task in TASKS:
+        assert found["full", task]["divergence"] is None
+        close = found["snapkv:pool=13,window=64", task]["divergence"]
+        far = found["random", task]["divergence"]
+        assert far["tokens"] == close["tokens"] >= 4 * 7
+        assert 0 < close["kl"] < 0.5 < far["kl"]
+        assert far["same_top"] < close["same_top"]
+        assert close["whole"]
+    report = (folder / "report.md").read_text()
+    assert "| KL, nats | same token, % |" in report
 
 
 def test_options_after_two_dashes_are_vllm_s(folder):

@@ -48,6 +48,11 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--out", type=Path, default=Path("kvpress-eval"), metavar="DIR", help="where results go"
     )
+    evaluate.add_argument(
+        "--divergence",
+        action="store_true",
+        help="compare next-token distributions with the full cache's, too",
+    )
     evaluate.add_argument("--no-plots", action="store_true", help="no plots, no matplotlib")
     evaluate.add_argument(
         "--task-path", action="store_true", help="print the folder of our lm-eval tasks and exit"
@@ -127,6 +132,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
         seed=arguments.seed,
         vllm_options=tuple(arguments.vllm_options),
         versions=versions(),
+        divergence=arguments.divergence,
     )
     cells = [grid.Cell(task, length) for length in lengths for task in tasks]
     return Plan(settings, variants, cells, _command(arguments))
@@ -141,6 +147,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     words += ["--keep-ratio", arguments.keep_ratio, "--tasks", arguments.tasks]
     words += ["--lengths", arguments.lengths, "--limit", str(arguments.limit)]
     words += ["--seed", str(arguments.seed)]
+    words += ["--divergence"] if arguments.divergence else []
     return [*words, "--", *arguments.vllm_options] if arguments.vllm_options else words
 
 

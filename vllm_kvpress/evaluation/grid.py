@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -73,6 +75,7 @@ class Settings:
         seed: Draws the documents; the same for every policy.
         vllm_options: Further options of vLLM, as typed.
         versions: Releases of what a result depends on.
+        divergence: Whether next-token distributions are compared with the full cache's.
     """
 
     model: str
@@ -80,10 +83,20 @@ class Settings:
     seed: int
     vllm_options: tuple[str, ...]
     versions: dict[str, str]
+    divergence: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, equal to what JSON gives back."""
-        return {**asdict(self), "vllm_options": list(self.vllm_options)}
+        data = {**asdict(self), "vllm_options": list(self.vllm_options)}
+        if not self.divergence:  # as records had it before there was a choice
+            del data["divergence"]
+        return data
+
+    @property
+    def key(self) -> str:
+        """A short name for these settings."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def parse_policies(text: str) -> list[str]:

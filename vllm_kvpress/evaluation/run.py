@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from vllm_kvpress.errors import KVPressError
+from vllm_kvpress.evaluation.divergence import reference_path
 from vllm_kvpress.evaluation.grid import Cell, Settings, Variant
 from vllm_kvpress.evaluation.items import num_prompts, room_tokens
 from vllm_kvpress.evaluation.progress import Work, show_progress
@@ -60,10 +61,19 @@ def run_evaluation(plan: Plan, folder: Path, console: Console) -> None:
             "vLLM is not installed here", fix="Install vllm-kvpress[cuda] or vllm-kvpress[cpu]"
         )
     done = {record_key(record) for record in read_records(folder)}
+
+    def is_missing(variant: Variant, cell: Cell) -> bool:
+        lacks_reference = (
+            plan.settings.divergence
+            and variant.source is None
+            and not _reference(plan, folder, cell).exists()
+        )
+        return lacks_reference or cell_key(plan.settings, variant, cell) not in done
+
     missing = [
         (variant, cells)
         for variant in plan.variants
-        if (cells := [c for c in plan.cells if cell_key(plan.settings, variant, c) not in done])
+        if (cells := [cell for cell in plan.cells if is_missing(variant, cell)])
     ]
     num_all = len(plan.variants) * len(plan.cells)
     num_missing = sum(len(cells) for _, cells in missing)
@@ -81,6 +91,10 @@ def run_evaluation(plan: Plan, folder: Path, console: Console) -> None:
             _run_engine(plan, variant, cells, folder, work)
 
 
+def _reference(plan: Plan, folder: Path, cell: Cell) -> Path:
+    return reference_path(folder, plan.settings.key, cell.task, cell.length)
+
+
 def _run_engine(
     plan: Plan, variant: Variant, cells: Sequence[Cell], folder: Path, work: Work
 ) -> None:
@@ -89,7 +103,7 @@ def _run_engine(
     log = folder / "logs" / f"{_file_name(variant.title)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     remaining = iter(cells)
-    with _job_file(_job(plan, variant, cells)) as job, log.open("wb") as stderr:
+    with _job_file(_job(plan, variant, cells, folder)) as job, log.open("wb") as stderr:
         command = [sys.executable, "-m", _RUNNER, str(job)]
         with _child(command, stderr, plan.settings.model) as process:
             for event in _events(process):
@@ -112,7 +126,7 @@ def _run_engine(
         )
 
 
-def _job(plan: Plan, variant: Variant, cells: Sequence[Cell]) -> dict[str, Any]:
+def _job(plan: Plan, variant: Variant, cells: Sequence[Cell], folder: Path) -> dict[str, Any]:
     tasks = [cell.task for cell in plan.cells]
     longest = max(cell.length for cell in plan.cells)
     return {
@@ -122,7 +136,11 @@ def _job(plan: Plan, variant: Variant, cells: Sequence[Cell]) -> dict[str, Any]:
         "max_model_len": longest + room_tokens(tasks, plan.settings.model),
         "limit": plan.settings.limit,
         "seed": plan.settings.seed,
-        "cells": [asdict(cell) for cell in cells],
+        "divergence": plan.settings.divergence,
+        "cells": [
+            {**asdict(cell), "reference": str(_reference(plan, folder, cell).absolute())}
+            for cell in cells
+        ],
     }
 
 

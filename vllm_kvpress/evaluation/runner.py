@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from vllm_kvpress.evaluation.divergence import MOST_TOKENS, Distributions, compare
 from vllm_kvpress.evaluation.estimates import estimate_mean, wilson_interval
 from vllm_kvpress.evaluation.items import (
     LATE,
@@ -50,9 +51,12 @@ class Engine:
             **({"enforce_eager": True} if on_cpu else {}),
             **parse_options(job["vllm_options"]),
         }
-        if any(cell["task"].startswith(LATE) for cell in job["cells"]):
+        if job["divergence"]:
+            options["max_logprobs"] = MOST_TOKENS
+        if job["divergence"] or any(cell["task"].startswith(LATE) for cell in job["cells"]):
             options["logits_processors"] = ["vllm_kvpress.evaluation.forced:ForcedOutputs"]
-        if job["policy"] is not None:
+        self.is_full = job["policy"] is None
+        if not self.is_full:
             options["kv_policy"] = job["policy"]
         self.llm = LLM(resolve_model(job["model"]), **options)
         client: Any = self.llm.llm_engine.engine_core
@@ -85,7 +89,7 @@ class Engine:
         seen = observe(self.scheduler)
         requests = [(prompt, item.late) for item in items for prompt in item.prompts]
         for index, (prompt, late) in enumerate(requests):
-            params = self._params(num_tokens, late)
+            params = _params(num_tokens, late)
             engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
         outputs: dict[int, Any] = {}
         while engine.has_unfinished_requests():
@@ -95,16 +99,23 @@ class Engine:
                 tell(event="answered", tokens=sum(len(o.prompt_token_ids) for o in done))
         return [outputs[index] for index in range(len(requests))], seen
 
-    @staticmethod
-    def _params(num_tokens: int, late: Sequence[int]) -> Any:
-        from vllm import SamplingParams
-
-        if not late:
-            return SamplingParams(temperature=0.0, max_tokens=num_tokens)
-        from vllm_kvpress.evaluation.forced import EXTRA_ARG
-
-        given = {EXTRA_ARG: list(late)}
-        return SamplingParams(temperature=0.0, max_tokens=len(late) + num_tokens, extra_args=given)
+    def distributions(
+        self, items: Sequence[Item], answers: Sequence[Sequence[int]]
+    ) -> Distributions:
+        """Return the next-token distributions along given answers, one for each prompt."""
+        vocabulary = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        questions = [(prompt, item.late) for item in items for prompt in item.prompts]
+        forced = [[*late, *answer] for (_, late), answer in zip(questions, answers, strict=True)]
+        params = [
+            _params(0, given, logprobs=min(vocabulary, MOST_TOKENS), flat_logprobs=True)
+            for given in forced
+        ]
+        prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt, _ in questions]
+        results = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = [result.outputs[0] for result in results]
+        for output, given in zip(outputs, forced, strict=True):
+            assert list(output.token_ids) == given, "the engine did not take the given outputs"
+        return Distributions.of_outputs(answers, outputs)
 
     def text(self, output: Any, late: Sequence[int]) -> str:
         """Return what the model said by itself."""
@@ -113,6 +124,16 @@ class Engine:
             return str(output.text)
         assert tokens[: len(late)] == list(late), "the engine did not take the given outputs"
         return str(self.llm.get_tokenizer().decode(tokens[len(late) :], skip_special_tokens=True))
+
+
+def _params(num_tokens: int, given: Sequence[int], **options: Any) -> Any:
+    """Return those of a greedy request: tokens that are given, then at most so many of its own."""
+    from vllm import SamplingParams
+
+    from vllm_kvpress.evaluation.forced import EXTRA_ARG
+
+    extra = {"extra_args": {EXTRA_ARG: list(given)}} if given else {}
+    return SamplingParams(temperature=0.0, max_tokens=len(given) + num_tokens, **extra, **options)
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
@@ -167,7 +188,23 @@ def run_cell(
         record["interval_95"] = [round(bound, 5) for bound in bounds]
     elif cell["task"] != SURVEY:
         record["by_turn"] = [round(sum(right[t::turns]) / len(items), 5) for t in range(turns)]
+    if job["divergence"]:
+        record["divergence"] = _divergence(engine, items, outputs, Path(cell["reference"]))
     return record
+
+
+def _divergence(
+    engine: Engine, items: Sequence[Item], outputs: Sequence[Any], path: Path
+) -> dict[str, Any] | None:
+    """Return how far the engine is from the full cache, which leaves its own distributions."""
+    if engine.is_full:
+        lates = [item.late for item in items for _ in item.prompts]
+        pairs = zip(outputs, lates, strict=True)
+        answers = [list(output.token_ids)[len(late) :] for output, late in pairs]
+        engine.distributions(items, answers).save(path)
+        return None
+    full = Distributions.load(path)
+    return compare(full, engine.distributions(items, full.answers))
 
 
 def main() -> int:
@@ -192,7 +229,12 @@ def main() -> int:
             model=job["model"],
         )
         record = run_cell(engine, items, job, cell, tell)
-        tell(event="cell", **cell, record={**record, "engine": shared})
+        tell(
+            event="cell",
+            task=cell["task"],
+            length=cell["length"],
+            record={**record, "engine": shared},
+        )
     engine.llm.llm_engine.engine_core.shutdown()
     return 0
 

@@ -13,6 +13,7 @@ from vllm_kvpress.evaluation.records import Record, Results, by_cell
 __all__ = [
     "REPORT_NAME",
     "difference",
+    "divergence_cells",
     "floor_lines",
     "not_better_than_floor",
     "report_text",
@@ -37,6 +38,9 @@ _HEADER = (
 )
 
 
+_DIVERGENCE_HEADER = ("KL, nats", "same token, %")
+
+
 def write_report(results: Results, folder: Path, images: Sequence[str] = ()) -> Path:
     """Write the report into a folder and return its path."""
     path = folder / REPORT_NAME
@@ -54,7 +58,7 @@ def report_text(results: Results, images: Sequence[str] = ()) -> str:
         f"{engine['dtype']} on {engine['device']}, blocks of {engine['block_size']} tokens; "
         + ", ".join(f"{name} {release}" for name, release in settings["versions"].items())
         + f". Made by\n\n```\n{records[-1]['command']}\n```",
-        _LEGEND,
+        _LEGEND + (_DIVERGENCE_LEGEND if any(map(_has_divergence, records)) else ""),
     ]
     for (task, length), cell in by_cell(records).items():
         parts += [f"## {task}, {length} tokens", _cell_table(cell)]
@@ -76,6 +80,9 @@ and answer. *At once*: requests of this size that fit into the pool of the run, 
 *Prefill*: milliseconds for 1,000 prompt tokens, in steps that computed any. *Decode step*: in steps
 that only generated, whatever their batch. {_MARK}: not better than `{FLOOR}` at the same ratio,
 by {SURE:g} standard errors."""
+_DIVERGENCE_LEGEND = """ *KL*: between the full cache's next-token distribution and the policy's,
+mean over the tokens of the full cache's answers, which both are given; *same token*: how many of
+these tokens are the policy's likeliest, too."""
 
 
 def not_better_than_floor(records: Sequence[Record]) -> list[Record]:
@@ -105,9 +112,27 @@ def _bytes_held(record: Record) -> float:
 
 def _cell_table(cell: Sequence[Record]) -> str:
     flagged = not_better_than_floor(cell)
+    header = _HEADER
     rows = [_row(cell, record, record in flagged) for record in cell]
-    rule = [":---", *["---:"] * (len(_HEADER) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (_HEADER, rule, *rows))
+    if any(map(_has_divergence, cell)):
+        header = (*_HEADER, *_DIVERGENCE_HEADER)
+        rows = [[*row, *divergence_cells(record)] for row, record in zip(rows, cell, strict=True)]
+    rule = [":---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def _has_divergence(record: Record) -> bool:
+    return record.get("divergence") is not None
+
+
+def divergence_cells(record: Record) -> tuple[str, str]:
+    """Return KL divergence with its standard error, and share of equal tokens, or dashes."""
+    if not _has_divergence(record):
+        return "-", "-"
+    found = record["divergence"]
+    least = "" if found["whole"] else "≥ "
+    kl = f"{least}{found['kl']:.2g} ± {found['standard_error']:.1g}"
+    return kl, f"{100 * found['same_top']:.1f}"
 
 
 def _row(cell: Sequence[Record], record: Record, flagged: bool) -> list[str]:
