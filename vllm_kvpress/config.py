@@ -206,7 +206,7 @@ class ScorerTraits(Protocol):
 
     @property
     def selects(self) -> str:
-        """Either "tokens" or "window"."""
+        """One of "tokens", "window", "streaming", "all"."""
         ...
 
     @property
@@ -262,7 +262,7 @@ def check_policy(policy: Policy, traits: ScorerTraits) -> None:
     _check_heads(policy)
     if policy.evict is None:
         return
-    if traits.selects == "window":
+    if traits.selects in ("window", "streaming"):
         _check_window_policy(policy)
         return
     label = shown(policy.evict.scorer.label)

@@ -233,6 +233,20 @@ def test_explain_shows_which_heads_of_a_plan_retrieve(run, tmp_path):
     assert re.search(rf"memory while it generates +17.0 MiB +{held:.1f} MiB", out)
 
 
+def test_explain_counts_a_windowed_prefill_as_a_plan_whose_heads_all_stream(run):
+    words = ("--model", "testbed", "--prompt-tokens", "3000")
+    _, short, _ = run("explain", "streaming_llm:prefill=windowed,tokens=256", *words)
+    _, long, _ = run("explain", "streaming_llm:prefill=windowed,tokens=256", *words[:-1], "3800")
+    exact = run("explain", "streaming_llm:tokens=256", *words)[1]
+
+    assert "Every KV head keeps the first 4 and the newest 252 tokens, in whole blocks." in short
+    assert figures(short, "bytes per further token") == [4096, 0]
+    for name in ("memory at most", "memory while it generates"):
+        assert figures(short, name)[1] == figures(long, name)[1]
+    assert "prefilled exactly" in exact
+    assert "prefilled exactly" not in short
+
+
 def test_explain_names_the_heads_that_are_promoted(run):
     out = run("explain", "duo:plan=random,retrieval_ratio=0.45", "--model", "testbed")[1]
 
@@ -246,7 +260,7 @@ def test_explain_refuses_a_head_plan_beside_sliding_window_layers(run, model):
     code, _, err = run("explain", "duo:plan=random", "--model", folder)
 
     assert code == 2
-    assert "a head plan needs a model whose layers all have full attention; got 16 layers" in err
+    assert "needs a model whose layers all have full attention; got 16 layers" in err
 
 
 def test_explain_of_a_prompt_within_the_budget(run):

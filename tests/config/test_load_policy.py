@@ -29,6 +29,7 @@ NAMES = [
 ]
 KNORM = {"scorer": {"name": "knorm"}, "budget": {"tokens": 100}}
 PACKED = {"keys": "int4", "values": "int4"}
+WINDOWED = {"base": "streaming_llm", "evict": {"scorer": {"prefill": "windowed"}}}
 
 
 def test_every_file_in_configs_is_a_known_policy():
@@ -349,6 +350,26 @@ WRONG_TOGETHER = [
     ("random:seed=-1", ["evict.scorer.seed", "got -1"]),
     ("streaming_llm:recent_tokens=0", ["recent_tokens is 0", "at least 1"]),
     ("streaming_llm:every_decode_tokens=8", ["evict.when", "Remove evict.when"]),
+    ("streaming_llm:prefill=window", ["evict.scorer.prefill", "'window'", "mean 'windowed'?"]),
+    (
+        "streaming_llm:prefill=windowed,keep_ratio=0.5",
+        ["prefill: windowed", "got evict.budget.keep_ratio: 0.5", "allowed: evict.budget.tokens"],
+    ),
+    (
+        {**WINDOWED, "heads": {"plan": "random", "retrieval_ratio": 0.5}},
+        ["prefill: windowed does not go with heads.plan", "got random", "prefill: exact"],
+    ),
+    (
+        {**WINDOWED, "quantize": PACKED},
+        ["prefill: windowed does not go with packed codecs", "quantize fp8"],
+    ),
+    ({**WINDOWED, "layers": {"skip": [1]}}, ["does not go with layers.skip", "got [1]"]),
+    (
+        {**WINDOWED, "evict": {**WINDOWED["evict"], "losers": "demote"}},
+        ["does not go with evict.losers", "got demote"],
+    ),
+    ({**WINDOWED, "recent_tokens": 0}, ["recent_tokens is 0", "at least 1"]),
+    ("streaming_llm:prefill=windowed,every_decode_tokens=8", ["Remove evict.when"]),
     ({"evict": {"scorer": {"name": "knorm"}}}, ["evict.budget is missing", "how many to keep"]),
     ({"evict": {**KNORM, "scorer": {"name": "knrm"}}}, ["'knrm'", "Did you mean 'knorm'?"]),
     ({"evict": {**KNORM, "scorer": {"name": "knorm", "x": 1}}}, ["scorer.x", "no parameters"]),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_kvpress.config import load_policy
 from vllm_kvpress.errors import ConfigError
+from vllm_kvpress.policies import resolve
 from vllm_kvpress.policies.heads import (
     HeadPlan,
     HeadShape,
@@ -144,6 +145,23 @@ def test_inline_carries_labels_and_no_path(pattern):
     assert load_policy(json.dumps(inline.to_json())) == inline
     assert inline_heads(inline, SHAPE).heads == inline.heads
     assert inline_heads(load_policy("knorm"), SHAPE) == load_policy("knorm")
+
+
+@pytest.mark.parametrize(("size", "recent"), [({"tokens": 100}, 96), (None, 70)])
+def test_a_windowed_prefill_is_a_plan_whose_heads_all_stream(size, recent):
+    evict = {"scorer": {"name": "position", "prefill": "windowed"}}
+    evict |= {} if size is None else {"budget": size}
+    policy = load_policy({"name": "mine", "recent_tokens": 70, "evict": evict})
+
+    inline = inline_heads(policy, SHAPE)
+
+    assert inline.heads.labels == ("0000", "0000")
+    assert (inline.name, inline.sink_tokens, inline.recent_tokens) == ("mine", 4, recent)
+    assert inline.evict is None
+    resolve(inline)
+    exact = {**evict, "scorer": {"name": "position"}}
+    kept = load_policy({"evict": exact})
+    assert inline_heads(kept, SHAPE) == kept
 
 
 def test_a_pattern_file_round_trips_exactly(pattern):

@@ -29,7 +29,7 @@ from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import Scorer, resolve, store_format
-from vllm_kvpress.policies.heads import HeadShape, resolve_heads
+from vllm_kvpress.policies.heads import HeadShape, inline_heads, resolve_heads
 from vllm_kvpress.skip_groups import SkippedGroups, check_skipped, skipped_groups_of
 
 __all__ = ["explain"]
@@ -59,8 +59,10 @@ def explain(
         ConflictError: a given vLLM option is refused with a policy; everything is printed first.
     """
     policy = load_policy(policy_source)
-    scorer = resolve(policy)
+    resolve(policy)
     model_shape = read_model_shape(model)
+    policy = inline_heads(policy, _head_shape(model_shape))
+    scorer = resolve(policy)
     heads = resolve_heads(policy.heads, _head_shape(model_shape))
     options = parse_vllm_words(vllm_words or [])
     if "kv-policy" in options:
@@ -90,7 +92,7 @@ def explain(
     cells = _cells(policy, model_shape, cache)
     plan = _plan(policy, scorer, model_shape, cache, cells)
     if policy.heads.splits:
-        _check_all_full(model_shape, "a head plan")
+        _check_all_full(model_shape, "a head plan, or prefill: windowed,")
     if plan.packs_on_write:
         _check_all_full(model_shape, "a codec that packs tokens as they are written")
     page_bytes = (full_cache.page_bytes, _page_bytes(plan, cache, cells))
@@ -231,9 +233,7 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
     if plan.skipped is not None:
         table.add_row("left alone", _skipped_text(policy, plan.skipped))
     if policy.evict is None:
-        table.add_row(
-            "how many", "every token" + ("" if policy.heads.plan == "all" else ", in some heads")
-        )
+        table.add_row("how many", _heads_text(policy))
         return table
     table.add_row(
         "always", f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens"
@@ -258,6 +258,16 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
     if isinstance(plan, DemotingPlan):
         table.add_row("the others", "in a second store, at fewer bits: no token is evicted")
     return table
+
+
+def _heads_text(policy: Policy) -> str:
+    """How many tokens a policy without `evict` keeps; its head plan is one of labels."""
+    labels = policy.heads.labels
+    if labels is None:
+        return "every token"
+    if any("1" in row for row in labels):
+        return "every token, in some heads"
+    return "sinks and a window, in every head and for every query, the prompt's own included"
 
 
 def _skipped_text(policy: Policy, skipped: SkippedGroups) -> str:

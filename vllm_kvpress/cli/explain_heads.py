@@ -37,14 +37,7 @@ def explain_heads(
     groups = group_heads(heads.retrieval)
     window = WindowPlan(caches[1].block_size, policy.sink_tokens, policy.recent_tokens)
     figures = HeadFigures(groups, window, step_tokens)
-    console.print(
-        f"\n[bold]{heads.num_retrieval} of {heads.num_heads} KV heads keep every token[/], the "
-        f"others the first {policy.sink_tokens} and the newest {policy.recent_tokens}, in whole "
-        "blocks. By layer, 1 = every token:",
-        soft_wrap=True,
-    )
-    for layer, row in enumerate(heads.labels):
-        console.print(f"{layer:4}  {row}")
+    _print_labels(console, policy, heads)
     promoted = ", ".join(f"{layer}.{head}" for layer, head in groups.promoted)
     if promoted:
         console.print(
@@ -69,6 +62,23 @@ def explain_heads(
         "Blocks of streaming heads leave while the prompt is computed: longer prompts fit, too.\n",
         soft_wrap=True,
     )
+
+
+def _print_labels(console: Console, policy: Policy, heads: HeadPlan) -> None:
+    window = (
+        f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens, in whole "
+        "blocks"
+    )
+    if heads.num_retrieval == 0:
+        console.print(f"\n[bold]Every KV head keeps[/] {window}.", soft_wrap=True)
+        return
+    console.print(
+        f"\n[bold]{heads.num_retrieval} of {heads.num_heads} KV heads keep every token[/], the "
+        f"others {window}. By layer, 1 = every token:",
+        soft_wrap=True,
+    )
+    for layer, row in enumerate(heads.labels):
+        console.print(f"{layer:4}  {row}")
 
 
 def _table(

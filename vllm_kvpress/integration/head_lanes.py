@@ -191,9 +191,9 @@ def run_groups(specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
     others = [name for name, spec in specs.items() if not isinstance(spec, HeadLaneSpec)]
     if others:
         raise UnsupportedModelError(
-            "a head plan needs a model whose layers all have full attention",
+            "a head plan, or prefill: windowed, needs a model whose layers all have full attention",
             got=", ".join(others[:4]),
-            fix="Use a policy without a head plan",
+            fix="Use a policy without a head plan, or prefill: exact",
         )
     runs: dict[int, dict[str, Any]] = {}
     for name, spec in specs.items():

@@ -2,6 +2,7 @@
 
 from vllm_kvpress.config import Policy, check_policy
 from vllm_kvpress.policies.codecs import store_format
+from vllm_kvpress.policies.heads.windowed import check_windowed
 from vllm_kvpress.policies.observation import LayerObservation
 from vllm_kvpress.policies.registry import known_scorers, make_scorer
 from vllm_kvpress.policies.scorer import KeepAll, Scorer
@@ -24,5 +25,7 @@ def resolve(policy: Policy) -> Scorer:
         ConfigError: the scorer is unknown or unusable, or does not go with the policy.
     """
     scorer = KeepAll() if policy.evict is None else make_scorer(policy.evict.scorer)
+    if scorer.selects == "streaming":
+        check_windowed(policy)
     check_policy(policy, scorer)
     return scorer

@@ -142,7 +142,10 @@ def _checked(scorer: object, what: str) -> Scorer:
             got=shown(needs),
             allowed=f"a frozenset out of {', '.join(sorted(NEEDS))}",
         )
-    for name, allowed in (("scope", ("head", "layer")), ("selects", ("tokens", "window"))):
+    for name, allowed in (
+        ("scope", ("head", "layer")),
+        ("selects", ("tokens", "window", "streaming")),
+    ):
         value = getattr(scorer, name, None)
         if value not in allowed:
             raise ConfigError(

@@ -25,13 +25,18 @@ class Scorer(Protocol):
         scope: "head" if the scores of a KV head depend on that head alone, so that every rank
             scores its own heads; "layer" if they depend on all heads of the layer.
         selects: "tokens" if the tokens with the highest scores are kept; "window" if sinks and
-            recent tokens alone are, by position, and `score` is never called; "all" of a policy
-            that evicts nothing.
+            recent tokens alone are, by position, from the prompt's end on, and `score` is never
+            called; "streaming" if that rule holds in the prompt, too; "all" of a policy that
+            evicts nothing.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     scope: ClassVar[Literal["head", "layer"]] = "head"
-    selects: ClassVar[Literal["tokens", "window", "all"]] = "tokens"
+
+    @property
+    def selects(self) -> Literal["tokens", "window", "streaming", "all"]:
+        """Who decides what is kept."""
+        return "tokens"
 
     @property
     def query_window(self) -> int:
@@ -50,7 +55,7 @@ class KeepAll(Scorer):
     """What a policy without `evict` has for a scorer: nothing is ranked, nothing is dropped."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    selects: ClassVar[Literal["tokens", "window", "all"]] = "all"
+    selects: ClassVar[Literal["all"]] = "all"
 
     def score(self, observation: LayerObservation) -> torch.Tensor:
         """Never called."""

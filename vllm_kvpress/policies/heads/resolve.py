@@ -11,6 +11,8 @@ from vllm_kvpress.config import Heads, Policy
 from vllm_kvpress.errors import ConfigError
 from vllm_kvpress.policies.heads.pattern import HeadPattern, HeadShape, read_pattern
 from vllm_kvpress.policies.heads.plan import HeadPlan
+from vllm_kvpress.policies.heads.windowed import all_streaming
+from vllm_kvpress.policies.registry import make_scorer
 
 __all__ = ["check_heads", "inline_heads", "resolve_heads"]
 
@@ -61,9 +63,13 @@ def resolve_heads(heads: Heads, shape: HeadShape) -> HeadPlan:
 def inline_heads(policy: Policy, shape: HeadShape) -> Policy:
     """Returns `policy` with its head plan resolved for a model: plan `inline`, or `all` unchanged.
 
+    A window that holds in the prompt, too, becomes a plan whose heads all stream.
+
     Raises:
         ConfigError: as `resolve_heads`.
     """
+    if policy.evict is not None and make_scorer(policy.evict.scorer).selects == "streaming":
+        return all_streaming(policy, shape)
     heads = policy.heads
     if heads.plan == "all":
         return policy

@@ -18,10 +18,21 @@ class PositionScorer(Scorer):
 
     Source: arXiv 2309.17453; mit-han-lab/streaming-llm, streaming_llm/kv_cache.py. Deviations: the
     window moves in whole blocks, and keys keep the RoPE of their true position.
+
+    Attributes:
+        prefill: What the prompt's own queries see: "exact" every token before them; "windowed"
+            sinks and a window, as generated tokens do. The engine runs the latter as a head plan
+            whose heads all stream.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    selects: ClassVar[Literal["tokens", "window"]] = "window"
+
+    prefill: Literal["exact", "windowed"] = "exact"
+
+    @property
+    def selects(self) -> Literal["window", "streaming"]:
+        """Whether the rule holds from the prompt's end on, or in the prompt, too."""
+        return "window" if self.prefill == "exact" else "streaming"
 
     def score(self, observation: LayerObservation) -> torch.Tensor:
         """Returns the token's index: the newest are the best. The engine never asks."""
