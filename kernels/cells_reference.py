@@ -26,7 +26,8 @@ def unpack(
     """
     columns = -(-length // cells.tokens)
     num_cells = columns * cells.num_kv_heads
-    rows = pages[table[: -(-num_cells // cells.per_page)].long()]
+    # By rows: an index takes uint8 byte by byte.
+    rows = pages.index_select(0, table[: -(-num_cells // cells.per_page)])
     data = rows[:, : cells.per_page * cells.size].reshape(-1, cells.size)[:num_cells]
     data = data.view(columns, cells.num_kv_heads, cells.size).transpose(0, 1)
     keys, values = (
@@ -47,30 +48,44 @@ def _decode(data: Tensor, side: Side, cells: Cells, dtype: torch.dtype) -> Tenso
     heads, columns, _ = data.shape
     shape = (heads, columns * cells.tokens, cells.head_size)
     width = cells.head_size * side.bits // 8
-    codes = data[..., side.codes : side.codes + cells.tokens * width].contiguous()
+    codes = data[..., side.codes : side.codes + cells.tokens * width]
     if side.bits >= 16:
-        return codes.view(dtype).view(shape).float()
-    scales, zeros = (_params(data, at, side, cells) for at in (side.scales, side.zeros))
-    numbers = _codes(codes.view(heads, columns, cells.tokens, width), side.bits)
-    return (numbers * scales).add_(zeros).view(shape)
+        return codes.contiguous().view(dtype).view(shape).float()
+    numbers = torch.empty(heads, columns, cells.tokens, cells.head_size, dtype=torch.float32)
+    codes = codes.unflatten(-1, (cells.tokens, width))
+    for plane in range(8 // side.bits):
+        some = codes if side.bits == 8 else (codes >> (plane * side.bits)) & (2**side.bits - 1)
+        numbers[..., plane * width : (plane + 1) * width].copy_(some)
+    groups, params = _grouped(numbers, data, side, cells)
+    groups.mul_(params[0]).add_(params[1])
+    return numbers.view(shape)
 
 
-def _codes(codes: Tensor, bits: int) -> Tensor:
-    """Returns the codes in bytes [..., width] as float32 [..., width * 8 / bits]."""
-    if bits == 8:
-        return codes.float()
-    planes = [(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return torch.cat(planes, dim=-1).float()
+def _grouped(
+    numbers: Tensor, data: Tensor, side: Side, cells: Cells
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Returns a view of the numbers by groups, and scales and zeros in float32 that fit it.
 
-
-def _params(data: Tensor, at: int, side: Side, cells: Cells) -> Tensor:
-    """Returns scales, or zeros, float32 [num_kv_heads, columns, tokens, head_size]."""
-    channels = cells.head_size if side.per_channel else -(-cells.head_size // side.group)
-    rows = cells.tokens // side.group if side.per_channel else cells.tokens
-    params = data[..., at : at + 2 * rows * channels].contiguous().view(torch.float16).float()
-    params = params.view(*data.shape[:2], rows, channels)
+    Args:
+        numbers: [num_kv_heads, columns, tokens, head_size].
+        data: Cells, uint8 [num_kv_heads, columns, size].
+        side: Keys or values.
+        cells: Where everything lies.
+    """
+    group, size = side.group, cells.head_size
+    rows = cells.tokens // group if side.per_channel else cells.tokens
+    channels = size if side.per_channel else -(-size // group)
+    scales, zeros = (
+        data[..., at : at + 2 * rows * channels]
+        .contiguous()
+        .view(torch.float16)
+        .float()
+        .unflatten(-1, (rows, channels))
+        for at in (side.scales, side.zeros)
+    )
     if side.per_channel:
-        return params.repeat_interleave(side.group, dim=-2)
-    if channels == 1:
-        return params
-    return params.repeat_interleave(side.group, dim=-1)[..., : cells.head_size]
+        return numbers.unflatten(2, (rows, group)), (scales.unsqueeze(3), zeros.unsqueeze(3))
+    if size % group == 0:
+        return numbers.unflatten(3, (channels, group)), (scales.unsqueeze(4), zeros.unsqueeze(4))
+    wide = (params.repeat_interleave(group, dim=-1)[..., :size] for params in (scales, zeros))
+    return numbers, tuple(wide)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from vllm_kvpress.kernels.paged_attention import reference
+from vllm_kvpress.kernels.paged_attention import cpu
 from vllm_kvpress.kernels.paged_attention.parts import ExactPart, PackedPart, check
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def paged_attention(
         "out": out,
     }
     if query.device.type == "cpu":
-        return reference.paged_attention(query, query_start_loc, **options)
+        return cpu.paged_attention(query, query_start_loc, **options)
     from vllm_kvpress.kernels.paged_attention import triton as kernel
 
     limits = {"max_query_len": max_query_len, "max_tokens": max_tokens}

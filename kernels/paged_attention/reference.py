@@ -1,4 +1,4 @@
-"""`paged_attention` in plain PyTorch, request by request: the truth, and what CPU engines run."""
+"""`paged_attention` in plain PyTorch, request by request: the truth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm_kvpress.kernels.paged_attention.parts import PackedPart
 
-__all__ = ["paged_attention"]
+__all__ = ["attend", "paged_attention", "read"]
 
 # Logits computed at a time, so that long prompts need no tensor of queries x tokens.
 LOGITS_AT_A_TIME = 2**24
@@ -57,15 +57,15 @@ def paged_attention(
         rows = slice(starts[request], starts[request + 1])
         if rows.start == rows.stop:
             continue
-        sides = [_read(causal, request, length, query.dtype, compute)]
+        sides = [read(causal, request, length, query.dtype, compute)]
         is_packed = [not isinstance(causal, ExactPart)]
         added = None
         if prefix is not None and before[request]:
-            sides.insert(0, _read(prefix, request, before[request], query.dtype, compute))
+            sides.insert(0, read(prefix, request, before[request], query.dtype, compute))
             is_packed.insert(0, True)
             if bias is not None:
                 added = _bias_of(bias, prefix, request, before[request]).to(compute)
-        out[rows], lse[rows] = _attend(
+        out[rows], lse[rows] = attend(
             query[rows].to(compute),
             [(keys, values, yes) for (keys, values), yes in zip(sides, is_packed, strict=True)],
             before[request],
@@ -78,7 +78,7 @@ def paged_attention(
     return out, lse
 
 
-def _read(
+def read(
     part: ExactPart | PackedPart,
     request: int,
     length: int,
@@ -107,7 +107,7 @@ def _bias_of(bias: Tensor, part: PackedPart, request: int, length: int) -> Tenso
     return rows.transpose(0, 1).flatten(1)[:, :length]
 
 
-def _attend(
+def attend(
     query: Tensor,
     parts: list[tuple[Tensor, Tensor, bool]],
     num_prefix: int,

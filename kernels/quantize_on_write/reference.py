@@ -90,9 +90,11 @@ def encode(numbers: torch.Tensor, bits: int, group: int, per_channel: bool = Fal
         groups, axis = finite.unflatten(-2, (num_tokens // group, group)), -2
     else:
         num_groups = -(-head_size // group)
-        # The last channel again and again fills a short group without changing its range.
-        channels = torch.arange(num_groups * group, device=numbers.device).clamp(max=head_size - 1)
-        groups, axis = finite[..., channels].unflatten(-1, (num_groups, group)), -1
+        if head_size % group:
+            # The last channel again and again fills a short group without changing its range.
+            channels = torch.arange(num_groups * group, device=numbers.device)
+            finite = finite[..., channels.clamp(max=head_size - 1)]
+        groups, axis = finite.unflatten(-1, (num_groups, group)), -1
     zeros = groups.amin(axis, keepdim=True).half()
     span = groups.amax(axis, keepdim=True) - zeros.float()
     # Division by a tensor: CUDA turns one by a Python number into a product with its inverse.
@@ -105,6 +107,8 @@ def encode(numbers: torch.Tensor, bits: int, group: int, per_channel: bool = Fal
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Returns codes [..., head_size] in bytes [..., head_size * bits / 8], planes of channels."""
+    if bits == 8:
+        return codes
     planes = codes.unflatten(-1, (8 // bits, codes.shape[-1] * bits // 8))
     packed = torch.zeros_like(planes[..., 0, :])
     for plane in range(8 // bits):
@@ -126,10 +130,8 @@ def put(
     """
     data = rows.contiguous().view(torch.uint8)
     width = data.shape[-1]
-    first = places.cell + section + index * width
-    pages[places.page[..., None], first[..., None] + torch.arange(width, device=pages.device)] = (
-        data
-    )
+    # Every run of `width` bytes in a page: a row is written as one.
+    pages.unfold(1, width, 1)[places.page, places.cell + section + index * width] = data
 
 
 def write_side(

@@ -38,7 +38,7 @@ def run_by_kernel(monkeypatch: Any) -> Counter[str]:
         limits = {"max_query_len": int(starts.diff().max()), "max_tokens": int(longest.max())}
         return attend(query, starts, causal=causal, prefix=prefix, **limits, **options)
 
-    monkeypatch.setattr(paged_attention.reference, "paged_attention", with_limits)
+    monkeypatch.setattr(paged_attention.cpu, "paged_attention", with_limits)
     return launches
 
 

@@ -14,6 +14,7 @@ from vllm_kvpress.kernels.cells_reference import unpack
 from vllm_kvpress.kernels.paged_attention import (
     ExactPart,
     PackedPart,
+    cpu,
     merge,
     paged_attention,
     reference,
@@ -238,6 +239,9 @@ class Case:
 
     def reference(self, **extra):
         return reference.paged_attention(self.query, self.query_start_loc, **self.options() | extra)
+
+    def on_cpu(self):
+        return cpu.paged_attention(self.query, self.query_start_loc, **self.options())
 
     def dense(self, compute=torch.float64, rounding=None):
         """Attention as textbooks write it; `rounding`: what products take, as hardware does."""
@@ -477,6 +481,31 @@ def test_unpacked_cells_are_exactly_what_was_packed(name):
             assert torch.equal(actual, expected)
 
 
+# Decode, a prompt, a chunk of one, and a request that this step leaves out.
+CPU_STEPS = {"queries": (1, 19, 5, 0), "causal": (33, 19, 40, 7), "prefix": None}
+
+
+@pytest.mark.parametrize("name", [None, "int8", "int4-32", "int8-48", "exact-cells"])
+@pytest.mark.parametrize("rotated", [(False, False), (True, True)])
+@pytest.mark.parametrize(("group", "dtype"), [(1, F32), (4, BF16)])
+def test_cpu_engines_attend_by_the_fused_kernel(name, rotated, group, dtype, monkeypatch):
+    case = Case(name, **CPU_STEPS, rotated=rotated, group=group, dtype=dtype, size=96)
+    monkeypatch.setattr(reference, "attend", None)
+
+    assert_close(case, case.on_cpu())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"soft_cap": 2.0}, {"sinks": True}, {"prefix": (7, 0, 20, 3)}, {"causal": (0, 3, 40, 7)}],
+)
+def test_cpu_engines_leave_to_the_reference_what_the_fused_kernel_cannot_do(options):
+    case = Case("int8", **CPU_STEPS | {"queries": (1, 4, 5, 0)} | options, rotated=(True, True))
+
+    for actual, expected in zip(case.on_cpu(), case.reference(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_long_prompts_are_computed_in_slices(monkeypatch):
     case = Case(queries=(1, 19, 3), causal=(5, 19, 9), bias=True, sinks=True)
     monkeypatch.setattr(reference, "LOGITS_AT_A_TIME", 200)
@@ -484,7 +513,7 @@ def test_long_prompts_are_computed_in_slices(monkeypatch):
     assert_close(case, case.reference())
 
 
-def test_the_public_operation_is_the_reference_on_cpu():
+def test_the_public_operation_on_cpu_is_the_reference():
     case = Case(rotated=(True, True), sinks=True)
     options = {k: v for k, v in case.options().items() if "rotation" not in k}
     more = {"rotation": case.rotation, "rotate_keys": True, "rotate_values": True}

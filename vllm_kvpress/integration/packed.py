@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -25,6 +24,7 @@ from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEven
 from vllm_kvpress.integration.lanes import cells_of
 from vllm_kvpress.integration.pages import PageMap
 from vllm_kvpress.integration.plugin import policy_of
+from vllm_kvpress.kernels.paged_attention.cpu import attend
 from vllm_kvpress.packed_plan import Move, PackedPlan
 from vllm_kvpress.policies import Scorer, select_tokens
 from vllm_kvpress.policies.codecs import group_channels, make_codec
@@ -116,7 +116,8 @@ class PackedAttention:
         """
         assert output_scale is None
         assert output_block_scale is None
-        pages, common = self._layers[id(layer)], step.common
+        pages, common, impl = self._layers[id(layer)], step.common, layer.impl
+        sinks = None if impl.sinks is None else impl.sinks.float()
         bounds = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens.tolist()
         result = output.view(output.shape[0], -1, query.shape[-1])
@@ -132,7 +133,8 @@ class PackedAttention:
             # Staging last: the queries' own tokens are its newest.
             read.append(self._staged(pages, common.block_table_tensor[row], lengths[row]))
             keys, values = (torch.cat(side, dim=1) for side in zip(*read, strict=True))
-            result[first:last] = attention(query[first:last], keys, values, layer.impl)
+            some, soft_cap = query[first:last].float(), impl.logits_soft_cap or 0.0
+            result[first:last], _ = attend(some, keys, values, impl.scale, soft_cap, sinks)
         return output
 
     def _staged(
@@ -141,62 +143,6 @@ class PackedAttention:
         blocks = table[: -(-length // self.page_map.block_size)].long()
         keys, values = self.page_map.read(pages.pages, blocks)
         return keys[:, :length].float(), values[:, :length].float()
-
-
-def attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, impl: Any
-) -> torch.Tensor:
-    """Returns the attention of one request's queries, which are its last tokens.
-
-    Args:
-        query: [num_tokens, num_heads, head_size].
-        keys: float32 [num_kv_heads, length, head_size].
-        values: Of the same shape.
-        impl: The backend's implementation: scale, soft cap and sinks.
-
-    Returns:
-        [num_tokens, num_heads, head_size] in the query's dtype.
-    """
-    num_tokens, num_heads, _ = query.shape
-    heads, length, _ = keys.shape
-    if impl.sinks is None and not impl.logits_soft_cap:
-        return _fused_attention(query, keys, values, impl.scale)
-    grouped = query.float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
-    logits = grouped @ keys[:, None].transpose(2, 3) * impl.scale  # [heads, group, tokens, length]
-    if impl.logits_soft_cap:
-        logits = impl.logits_soft_cap * torch.tanh(logits / impl.logits_soft_cap)
-    if num_tokens > 1:
-        hidden = torch.ones(num_tokens, length, dtype=torch.bool).triu(length - num_tokens + 1)
-        logits = logits.masked_fill(hidden, -torch.inf)
-    if impl.sinks is not None:
-        sinks = impl.sinks.float().view(heads, -1, 1, 1).expand(-1, -1, num_tokens, 1)
-        logits = torch.cat([logits, sinks], dim=-1)
-    weights = logits.softmax(dim=-1)[..., :length]
-    out = weights @ values[:, None]
-    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, -1).to(query.dtype)
-
-
-def _fused_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Returns the same without sinks and soft cap, by PyTorch's fused kernel."""
-    num_tokens, num_heads, _ = query.shape
-    heads, length, _ = keys.shape
-    group = num_heads // heads
-    if num_tokens == 1:
-        grouped, mask, causal = query[0].float().unflatten(0, (heads, group)), None, False
-    else:
-        grouped = query.float().transpose(0, 1)
-        keys, values = (side.repeat_interleave(group, dim=0) for side in (keys, values))
-        causal = num_tokens == length
-        mask = None
-        if not causal:
-            mask = torch.ones(num_tokens, length, dtype=torch.bool).tril(length - num_tokens)
-    out = functional.scaled_dot_product_attention(
-        grouped[None], keys[None], values[None], mask, is_causal=causal, scale=scale
-    )[0]
-    rows = out.reshape(1, num_heads, -1) if num_tokens == 1 else out.transpose(0, 1)
-    return rows.to(query.dtype)
 
 
 def page_bytes(layer: LayerPages) -> torch.Tensor:
