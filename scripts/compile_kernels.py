@@ -267,10 +267,27 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def write_json(path: Path, result: dict[str, Any], records: Sequence[Record]) -> None:
-    """Adds what came out under one Triton to a file, a variant a line; replaces what it held."""
+def write_json(
+    path: Path, result: dict[str, Any], records: Sequence[Record], ops: Sequence[str] = ()
+) -> None:
+    """Adds what came out under one Triton to a file, a variant a line; replaces what it held.
+
+    Args:
+        path: The file.
+        result: What is said of the run.
+        records: Of its variants.
+        ops: Operations that were compiled whole: what the file holds of others stays.
+    """
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rounded = [asdict(one) | {"seconds": round(one.seconds, 1)} for one in records]
+    known = earlier.get(result["triton"])
+    if ops and known:
+        others = [one for one in known["variants"] if one["op"] not in ops]
+        rounded = sorted([*others, *rounded], key=lambda one: one["op"])
+        problems = [line for line in known["problems"] if line.partition(":")[0] not in ops]
+        rerun = {"command": result["command"], "seconds": result["seconds"]}
+        reruns = [*known.get("reruns", ()), rerun]
+        result = known | {"problems": problems + result["problems"], "reruns": reruns}
     earlier[result["triton"]] = result | {"variants": rounded}
     text = json.dumps(earlier, indent=1)
     flat = re.sub(r"\{\s+(\"op\":[^{}]*?)\s+\}", lambda found: _one_line(found[1]), text)
@@ -291,7 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part_help = "K/N, the K-th of N parts: each variant for one of every N architectures"
     parser.add_argument("--part", type=_part, default=(1, 1), help=part_help)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--json", type=Path, help="file to which the records are added")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="file to which the records are added; of a rerun with --op, those of the operations",
+    )
     options = parser.parse_args(arguments)
     known = operations()
     for op in options.op:
@@ -324,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seconds": round(seconds, 1),
             "problems": lines,
         }
-        write_json(options.json, result, records)
+        is_whole = not options.arch and options.part == (1, 1)
+        write_json(options.json, result, records, options.op if is_whole else ())
     return 1 if lines else 0
 
 

@@ -222,6 +222,26 @@ def test_one_operation_and_one_architecture_can_be_chosen(tmp_path):
     assert chosen == {("physical_tables", 90)}
 
 
+def test_a_rerun_of_an_operation_keeps_the_records_of_others(tmp_path):
+    path = tmp_path / "variants.json"
+    first = {
+        "triton": "3.7.1",
+        "command": "all",
+        "seconds": 9.0,
+        "problems": ["a: x: bad", "b: y: bad"],
+    }
+    again = {"triton": "3.7.1", "command": "a alone", "seconds": 1.0, "problems": []}
+    record = compile_kernels.Record
+
+    compile_kernels.write_json(path, first, [record("a", "x", 80), record("b", "y", 80)])
+    compile_kernels.write_json(path, again, [record("a", "z", 80, registers=32)], ["a"])
+
+    found = json.loads(path.read_text())["3.7.1"]
+    assert [one["name"] for one in found["variants"]] == ["z", "y"]
+    assert found["problems"] == ["b: y: bad"]
+    assert (found["command"], found["reruns"]) == ("all", [{"command": "a alone", "seconds": 1.0}])
+
+
 def test_unknown_operations_and_the_interpreter_are_refused():
     unknown = python(SCRIPT, "--op", "physical")
     interpreted = python(SCRIPT, "--op", "physical_tables", TRITON_INTERPRET="1")
