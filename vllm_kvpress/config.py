@@ -325,10 +325,8 @@ def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
 def _check_heads(policy: Policy) -> None:
     if not policy.heads.splits:
         return
-    packed = policy.quantize is not None and not policy.quantize.is_fp8
     beside = {
         "evict": policy.evict is not None,
-        "packed codecs in quantize": packed,
         "heads.compensation": policy.heads.compensation,
     }
     for what, given in beside.items():
@@ -336,9 +334,21 @@ def _check_heads(policy: Policy) -> None:
             raise ConfigError(
                 f"heads.plan does not go with {what} in this version",
                 got=f"plan {policy.heads.plan}",
-                allowed="a head plan alone, or with quantize fp8",
+                allowed="a head plan alone, or with quantize",
                 fix="Remove one of the two",
             )
+    quantize = policy.quantize
+    if quantize is None or quantize.is_fp8:
+        return
+    if not quantize.packs_on_write or quantize.losers is not None:
+        raise ConfigError(
+            "heads.plan goes with codecs that pack tokens as they are written only",
+            got=f"keys: {quantize.keys}, residual_tokens: {quantize.residual}, exact_sinks: "
+            f"{str(quantize.exact_sinks).lower()}"
+            + ("" if quantize.losers is None else ", and losers"),
+            allowed="fp8, or keys int8, int4, none without residual_tokens, exact_sinks and losers",
+            fix="Use int8 or int4 and drop those options, or heads.plan all",
+        )
 
 
 def _check_window_policy(policy: Policy) -> None:

@@ -54,7 +54,7 @@ def test_policies_prints_a_line_each_with_the_paper(run):
 
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert len(lines) == 17
+    assert len(lines) == 18
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert re.search(r"^snapkv +.*\[arXiv 2404\.14469, SnapKV", out, re.MULTILINE)
 
@@ -245,6 +245,23 @@ def test_explain_counts_a_windowed_prefill_as_a_plan_whose_heads_all_stream(run)
         assert figures(short, name)[1] == figures(long, name)[1]
     assert "prefilled exactly" in exact
     assert "prefilled exactly" not in short
+
+
+def test_explain_counts_packed_bytes_under_a_head_plan(run):
+    words = ("--model", "testbed", "--prompt-tokens", "3000")
+    code, out, err = run("explain", "duo-int4:plan=random,retrieval_ratio=0.25", *words)
+    _, exact, _ = run("explain", "duo:plan=random,retrieval_ratio=0.25", *words)
+
+    assert (code, err) == (0, "")
+    # 64 channels: 32 bytes of codes and 2 groups' scales and zeros, for keys and for values.
+    packed = 2 * (64 // 2 + 2 * 4)
+    assert figures(out, "bytes per further token") == [16 * 2 * 64 * 2, 4 * packed]
+    held = (4 * 204 + 12 * (4 + 16 + 1)) * 16 * packed / 2**20
+    assert re.search(rf"memory while it generates +12.8 MiB +{held:.1f} MiB", out)
+    assert "tokens are quantized as they are written" in out
+    before, after = figures(out, "requests at once in")[-2:]
+    assert before == 10
+    assert after > 2 * figures(exact, "requests at once in")[-1]
 
 
 def test_explain_names_the_heads_that_are_promoted(run):

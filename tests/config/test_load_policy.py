@@ -16,7 +16,19 @@ from vllm_kvpress.policies import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
-    *("duo", "int4", "int8", "keydiff", "kivi2", "kivi4", "knorm", "logquant", "random", "razor"),
+    *(
+        "duo",
+        "duo-int4",
+        "int4",
+        "int8",
+        "keydiff",
+        "kivi2",
+        "kivi4",
+        "knorm",
+        "logquant",
+        "random",
+        "razor",
+    ),
     *(
         "snapkv",
         "snapkv-demote",
@@ -383,11 +395,23 @@ WRONG_TOGETHER = [
     ),
     (
         {"base": "knorm", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
-        ["heads.plan does not go with evict", "plan random", "quantize fp8"],
+        ["heads.plan does not go with evict", "plan random", "with quantize"],
     ),
     (
-        {"base": "int4", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
-        ["heads.plan does not go with packed codecs"],
+        {"base": "kivi4", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
+        ["heads.plan goes with codecs that pack", "keys: kivi4, residual_tokens: 128", "int8"],
+    ),
+    (
+        {"base": "duo-int4", "quantize": {"residual_tokens": 32}},
+        ["heads.plan goes with codecs that pack", "residual_tokens: 32", "drop those options"],
+    ),
+    (
+        {"base": "duo-int4", "quantize": {"exact_sinks": True}},
+        ["heads.plan goes with codecs that pack", "exact_sinks: true"],
+    ),
+    (
+        {"base": "duo-int4", "quantize": {"losers": {}}},
+        ["heads.plan goes with codecs that pack", "and losers"],
     ),
     ({"base": "duo", "heads": {"compensation": True}}, ["does not go with heads.compensation"]),
 ]

@@ -28,6 +28,7 @@ class Job:
         plugin: Whether vLLM may load the plugin at all.
         runner: "v1" or "v2".
         asynchronous: Whether to run vLLM's asynchronous scheduler.
+        rule: Of tokens that are packed as they are written: their codes come back with the traces.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Job:
     plugin: bool = True
     runner: str = "v1"
     asynchronous: bool = False
+    rule: Any = None
 
 
 @dataclass
@@ -89,8 +91,12 @@ def _do(job: Job) -> Report:
 
         force()
     from engine.harness import Engine
+    from engine.recording import RecordingEngine
 
-    engine = Engine(job.model, job.policy, **job.options)
+    if job.rule is None:
+        engine = Engine(job.model, job.policy, **job.options)
+    else:
+        engine = RecordingEngine(job.model, job.policy, job.rule, **job.options)
     report = Report(runner=[kind.__module__ for kind in type(engine.runner).__mro__])
     report.scheduler = type(engine.scheduler).__name__
     for name, (prompts, num_outputs, further) in job.runs.items():

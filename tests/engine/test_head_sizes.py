@@ -5,10 +5,11 @@ from reference.dense import DenseLlama
 from reference.tiny_model import random_llama, random_prompt
 
 from engine.compare import compare
+from engine.recording import RecordingEngine
 from engine.test_packed import CASES as STORED
 from engine.test_packed import expected_blocks
 from engine.test_packed_lane import CASES as WRITTEN
-from engine.test_packed_lane import RecordingEngine, check
+from engine.test_packed_lane import check
 
 LENGTHS = (300, 129, 70)
 OUTPUTS = 40

@@ -111,16 +111,20 @@ def test_log_probabilities_equal_the_reference(plan, mixed, dense):
     assert [len(trace.outputs) for trace in mixed] == list(NUM_OUTPUTS)
 
 
+def another_head(labels):
+    """The labels with a head of layer 2 in the place of another."""
+    flipped = labels[2].replace("0", "2", 1).replace("1", "0", 1).replace("2", "1", 1)
+    return [*labels[:2], flipped, *labels[3:]]
+
+
 def test_a_slightly_wrong_rule_is_noticed(plan, mixed, dense):
     rule = plan.rule
-    labels = list(rule.labels)
-    flipped = labels[2].replace("0", "2", 1).replace("1", "0", 1).replace("2", "1", 1)
     mistakes = {
         "a block more of sinks": replace(rule, sinks=BLOCK + 1),
         "no sinks": replace(rule, sinks=0),
         "a block more of window": replace(rule, recent=WINDOW_BLOCKS * BLOCK + 1),
         "a block less of window": replace(rule, recent=BLOCK),
-        "another head": replace(rule, labels=[*labels[:2], flipped, *labels[3:]]),
+        "another head": replace(rule, labels=another_head(rule.labels)),
         "every token": replace(rule, labels=["1111"] * 4),
     }
     for what, mistake in mistakes.items():

@@ -10,10 +10,15 @@ from engine.child import Job, in_child
 from engine.compare import FELT, TOLERANCE, compare
 from engine.harness import Trace
 from engine.test_heads import CHUNK, PLANS, check, check_blocks
+from engine.test_heads_packed import CASES as PACKED
+from engine.test_packed_lane import check as check_written
 from engine.test_processes import OUTPUTS, PREEMPTIONS, RUNNER, whole
 from engine.workers import serve
 
 pytestmark = pytest.mark.full
+
+# A code that falls to the other side of a tie moves a number by a step of int8.
+INT8_TOLERANCE = 0.02
 
 
 def job(tiny, plan, **fields):
@@ -40,6 +45,19 @@ def test_model_runner_v2(name, tiny, dense, tmp_path):
     check_blocks(report.traces["mixed"], PLANS[name])
 
 
+@pytest.mark.parametrize("name", ["even-int4-g32-rotated", "straddling-int8"])
+def test_packed_lanes_under_model_runner_v2(name, tiny, dense, tmp_path):
+    row = PACKED[name]
+
+    report = in_child(job(tiny, row, runner="v2", rule=row.rule), tmp_path)
+
+    assert RUNNER["v2"] in report.runner
+    for traces in report.traces.values():
+        check_written(traces, dense, row.rule)
+        check_blocks(traces, row.plan)
+    assert sum(trace.preemptions for trace in report.traces["forced"]) >= 3
+
+
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_asynchronous_scheduling(runner, tiny, dense, tmp_path):
     report = in_child(job(tiny, PLANS["uneven"], asynchronous=True, runner=runner), tmp_path)
@@ -60,10 +78,11 @@ def test_compiled(tiny, dense, tmp_path):
 # layers 0 and 3 and head 0 of layer 1 are promoted for that. 4 and 4 heads a rank are left.
 SPLIT = ("1000", "0010", "0000", "1101")
 SPLIT_RUNS = ("1010", "1010", "0000", "1111")
+SPLIT_PLAN = replace(PLANS["uneven"], labels=SPLIT, effective=SPLIT_RUNS)
 
 
 def test_two_ranks_have_as_many_retrieval_heads_in_each_layer(tiny, dense, tmp_path):
-    plan = replace(PLANS["uneven"], labels=SPLIT, effective=SPLIT_RUNS)
+    plan = SPLIT_PLAN
     prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
 
     served = serve(
@@ -78,3 +97,25 @@ def test_two_ranks_have_as_many_retrieval_heads_in_each_layer(tiny, dense, tmp_p
     check(traces, dense, plan)
     wrong = replace(plan.rule, labels=SPLIT)
     assert compare(traces[LENGTHS.index(411)], dense, wrong).error > FELT > TOLERANCE
+
+
+def test_packed_lanes_on_two_ranks(tiny, dense, tmp_path):
+    """The codes stay in the workers: a rounding near a tie may fall to the other side unseen."""
+    row = replace(PACKED["straddling-int8"], plan=SPLIT_PLAN)
+    prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
+
+    served = serve(
+        tiny, prompts, 40, tmp_path, kv_policy=row.policy, tensor_parallel_size=2,
+        max_num_batched_tokens=CHUNK,
+    )  # fmt: skip
+
+    traces = [
+        Trace(prompt, outputs, logprobs, whole(prompt, outputs))
+        for prompt, (outputs, logprobs) in zip(prompts, served, strict=True)
+    ]
+    for trace in traces:
+        assert compare(trace, dense, row.rule).error < INT8_TOLERANCE, len(trace.prompt)
+    longest = traces[LENGTHS.index(411)]
+    mistakes = {**row.mistakes, "as in the policy": replace(row.rule, labels=SPLIT)}
+    for what, mistake in mistakes.items():
+        assert compare(longest, dense, mistake).error > 2 * INT8_TOLERANCE, what

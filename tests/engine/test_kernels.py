@@ -6,10 +6,13 @@ from reference.tiny_model import random_llama, random_prompt
 
 from engine.compare import FELT, compare
 from engine.kernels import run_by_kernel
+from engine.recording import RecordingEngine
 from engine.test_demoted import CASES as DEMOTED
+from engine.test_heads import Plan
+from engine.test_heads_packed import Row
 from engine.test_packed import CASES as PACKED
 from engine.test_packed_lane import CASES as LANES
-from engine.test_packed_lane import RecordingEngine, check
+from engine.test_packed_lane import check
 from engine.test_packed_lane import compare as compare_written
 
 CHUNK = 64
@@ -81,3 +84,23 @@ def test_tokens_packed_as_they_are_written_equal_the_reference(name, small, monk
     check(traces, model, one.rule)
     mistake = one.mistakes["own chunk read exactly"]
     assert compare_written(traces[0], model, mistake)[0] > FELT
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+def test_packed_lanes_of_a_head_plan_equal_the_reference(small, monkeypatch):
+    launches = run_by_kernel(monkeypatch)
+    plan = Plan(("10", "00"), (1, 3))
+    one = Row(plan, LANES["int4-g32-rotated"])
+    prompts = [random_prompt(length, seed=length) for length in (140, 37)]
+    engine = RecordingEngine(small, one.policy, one.rule, num_gpu_blocks_override=100)
+
+    traces = engine.run(prompts, [5, 3], chunk=CHUNK, arrive_at=(0, 2))
+
+    parts = sum(len(engine.stored(layer)) for layer in engine.layers)
+    engine.close()
+    steps = {step for trace in traces for step in trace.steps}
+    assert parts >= 3
+    assert launches["quantize_on_write"] == launches["paged_attention"] == parts * len(steps)
+    model = DenseLlama(small)
+    check(traces, model, one.rule)
+    assert compare_written(traces[0], model, one.mistakes["a block less of window"])[0] > FELT

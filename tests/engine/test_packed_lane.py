@@ -15,7 +15,8 @@ from reference.written import WrittenRule
 
 from engine.cases import LENGTHS, NUM_OUTPUTS, mixed_prompts
 from engine.compare import FELT, TOLERANCE, errors, expected_blocks, replayed
-from engine.harness import BLOCK, Engine
+from engine.harness import BLOCK
+from engine.recording import RecordingEngine
 
 CHUNK = 64
 # Steps by which a rounding near a tie may be off, and the share of rows that may have one.
@@ -80,49 +81,6 @@ FAST = ("int4-g32-rotated", "streaming-int8")
 ROWS = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.full, id=name) for name in CASES
 ]
-
-
-class RecordingEngine(Engine):
-    """An engine that reads, after each step, what its cache holds of the step's tokens.
-
-    A trace's `written` has a dict for each (re)start, as the reference wants it.
-    """
-
-    def __init__(self, model, policy, rule, **options):
-        super().__init__(model, policy, **options)
-        self.rule = rule
-        self._due = []
-
-    @property
-    def layers(self):
-        context = self.runner.vllm_config.compilation_config.static_forward_context
-        return [context[name] for name in self.runtime.layer_names]
-
-    def _note(self, trace, request, num_tokens):
-        super()._note(trace, request, num_tokens)
-        runs = vars(trace).setdefault("written", [])
-        if len(runs) < len(trace.hits):
-            runs.append({})
-        blocks = self.lanes["StagingSpec"].req_to_blocks[request.request_id]
-        self._due.append((runs[-1], [b.block_id for b in blocks], trace.chunks[-1]))
-
-    def check_pool(self):
-        super().check_pool()
-        for run, blocks, (start, end) in self._due:
-            for index, layer in enumerate(self.layers):
-                self._read(run, index, layer, blocks, start, end)
-        self._due = []
-
-    def _read(self, run, index, layer, blocks, start, end):
-        _, heads, _, _ = layer.kv_cache.shape
-        begin = 0 if (index, 0) not in run else start
-        first = begin // BLOCK
-        pages = layer.kv_cache[blocks[first : -(-end // BLOCK)]]
-        content = pages.contiguous().view(torch.uint8).flatten(1)
-        for side, numbers in enumerate(self.rule.read(content, heads, layer.head_size)):
-            new = numbers[begin - first * BLOCK : end - first * BLOCK]
-            before = run.get((index, side), new[:0])
-            run[index, side] = torch.cat([before, new])
 
 
 def compare(trace, model, rule):

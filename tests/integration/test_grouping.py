@@ -17,11 +17,18 @@ from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.head_groups import group_heads
 from vllm_kvpress.integration import compat, engine
-from vllm_kvpress.integration.head_lanes import lane_spec
-from vllm_kvpress.integration.lanes import StagingSpec, plan_in, private_lanes, staging_of
+from vllm_kvpress.integration.head_lanes import lane_spec, stock_blocks
+from vllm_kvpress.integration.lanes import (
+    StagingSpec,
+    packed_spec,
+    plan_in,
+    private_lanes,
+    staging_of,
+)
 from vllm_kvpress.integration.skipped import SkippedSpec
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.policies import resolve
+from vllm_kvpress.schema import Quantize
 from vllm_kvpress.skip_groups import skipped_groups_of
 from vllm_kvpress.window_plan import WindowPlan
 
@@ -124,6 +131,19 @@ def test_lanes_of_unequal_size_share_a_block():
     ]
     for group in groups:
         assert [s.num_kv_heads for s in group.kv_cache_spec.kv_cache_specs.values()] == [2, 1]
+
+
+def test_packed_lanes_of_a_head_plan_are_so_much_smaller():
+    codecs = Quantize(keys="int8", values="int8")
+    specs = head_specs([[True, False], [False, False], [True, False]])
+    packed = {name: packed_spec(spec, codecs) for name, spec in specs.items()}
+
+    groups = kv_cache_utils.get_kv_cache_groups(config(), packed)
+
+    exact, cells = 2 * 32 * 4, 2 * (32 + 4)  # bytes of a token and head: float32, int8 with params
+    assert [group.kv_cache_spec.page_size_bytes for group in groups] == [3 * 16 * cells] * 2
+    assert stock_blocks(groups, 1000) == 1000 * cells // exact
+    assert stock_blocks(kv_cache_utils.get_kv_cache_groups(config(), specs), 1000) == 1000
 
 
 def test_a_head_plan_is_refused_beside_layers_that_it_does_not_know():

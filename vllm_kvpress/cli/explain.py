@@ -95,7 +95,8 @@ def explain(
         _check_all_full(model_shape, "a head plan, or prefill: windowed,")
     if plan.packs_on_write:
         _check_all_full(model_shape, "a codec that packs tokens as they are written")
-    page_bytes = (full_cache.page_bytes, _page_bytes(plan, cache, cells))
+    staging_page = block_size * cache.num_kv_heads * _head_bytes(plan, cache, cells)
+    page_bytes = (full_cache.page_bytes, staging_page)
     num_prompt, num_output = _lengths(limit, prompt_tokens, output_tokens)
 
     console = Console(highlight=False)
@@ -108,8 +109,9 @@ def explain(
     console.print(_kept_table(policy, scorer, plan, cache))
     if policy.heads.splits:
         step_tokens = _size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
+        head_bytes = (full_cache.bytes_per_head, _head_bytes(plan, cache, cells))
         lengths = (num_prompt, num_output)
-        explain_heads(console, policy, heads, (full_cache, cache), lengths, step_tokens)
+        explain_heads(console, policy, heads, block_size, head_bytes, lengths, step_tokens)
         _report_conflicts(console, options)
         return
     console.print(
@@ -187,11 +189,9 @@ def _plan(
     return plan
 
 
-def _page_bytes(plan: RetentionPlan, cache: CacheShape, cells: dict[str, PackedFormat]) -> int:
-    """Bytes of one block of one layer: of the cache's own numbers, or of packed tokens."""
-    if not plan.packs_on_write:
-        return cache.page_bytes
-    return plan.block_size * cache.num_kv_heads * cells["packed"].bytes_per_head
+def _head_bytes(plan: RetentionPlan, cache: CacheShape, cells: dict[str, PackedFormat]) -> int:
+    """Bytes of a token in one KV head of staging: the cache's own numbers, or packed."""
+    return cells["packed"].bytes_per_head if plan.packs_on_write else cache.bytes_per_head
 
 
 def _lengths(limit: int, prompt: int | None, output: int | None) -> tuple[int, int]:

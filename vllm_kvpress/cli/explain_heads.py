@@ -6,7 +6,6 @@ from rich.table import Table
 from vllm_kvpress.config import Policy
 from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.head_groups import group_heads
-from vllm_kvpress.layout import CacheShape
 from vllm_kvpress.policies.heads import HeadPlan
 from vllm_kvpress.window_plan import WindowPlan
 
@@ -20,7 +19,8 @@ def explain_heads(
     console: Console,
     policy: Policy,
     heads: HeadPlan,
-    caches: tuple[CacheShape, CacheShape],
+    block_size: int,
+    head_bytes: tuple[int, int],
     lengths: tuple[int, int],
     step_tokens: int,
 ) -> None:
@@ -30,12 +30,13 @@ def explain_heads(
         console: Where to print.
         policy: The policy.
         heads: Its plan for the model.
-        caches: A layer's cache without the policy and with it.
+        block_size: Tokens in a block.
+        head_bytes: Bytes of a token in one KV head, without the policy and with it.
         lengths: Prompt and generated tokens.
         step_tokens: Most tokens of a prompt that one step computes.
     """
     groups = group_heads(heads.retrieval)
-    window = WindowPlan(caches[1].block_size, policy.sink_tokens, policy.recent_tokens)
+    window = WindowPlan(block_size, policy.sink_tokens, policy.recent_tokens)
     figures = HeadFigures(groups, window, step_tokens)
     _print_labels(console, policy, heads)
     promoted = ", ".join(f"{layer}.{head}" for layer, head in groups.promoted)
@@ -57,7 +58,7 @@ def explain_heads(
         f"{figures.block_size}, steps of {step_tokens} tokens[/]",
         soft_wrap=True,
     )
-    console.print(_table(figures, caches, num_prompt, num_output))
+    console.print(_table(figures, head_bytes, num_prompt, num_output))
     console.print(
         "Blocks of streaming heads leave while the prompt is computed: longer prompts fit, too.\n",
         soft_wrap=True,
@@ -82,12 +83,12 @@ def _print_labels(console: Console, policy: Policy, heads: HeadPlan) -> None:
 
 
 def _table(
-    figures: HeadFigures, caches: tuple[CacheShape, CacheShape], num_prompt: int, num_output: int
+    figures: HeadFigures, head_bytes: tuple[int, int], num_prompt: int, num_output: int
 ) -> Table:
     groups = figures.groups
     full_block, block = (
-        cache.block_size * cache.bytes_per_head * width
-        for cache, width in zip(caches, (groups.num_heads, groups.width), strict=True)
+        figures.block_size * one * width
+        for one, width in zip(head_bytes, (groups.num_heads, groups.width), strict=True)
     )
     num_full = -(-(num_prompt + num_output) // figures.block_size)
     pool = _POOL_REQUESTS * num_full * full_block
@@ -96,7 +97,7 @@ def _table(
         (
             "bytes per further token",
             full_block,
-            groups.width * groups.runs.retrieval * caches[1].bytes_per_head,
+            groups.width * groups.runs.retrieval * head_bytes[1],
         ),
         (
             "memory at most",

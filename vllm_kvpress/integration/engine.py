@@ -200,6 +200,7 @@ def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         original(self, kv_cache_config, is_profiling, **kwargs)
         from vllm_kvpress.integration.head_attention import figures_of
+        from vllm_kvpress.integration.head_lanes import stock_blocks
         from vllm_kvpress.integration.lanes import staging_in
         from vllm_kvpress.integration.summary import head_note, log_summary
         from vllm_kvpress.integration.worker import find_runtime
@@ -207,8 +208,14 @@ def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
         num_blocks = self.kv_cache_config.num_blocks
         figures = figures_of(self.vllm_config)
         if figures is not None and not is_profiling:
-            num_layers = len(figures.groups.layers)
-            log_summary(figures, self.vllm_config, num_layers, num_blocks, head_note(figures))
+            log_summary(
+                figures,
+                self.vllm_config,
+                len(figures.groups.layers),
+                num_blocks,
+                head_note(figures),
+                stock_blocks=stock_blocks(self.kv_cache_config.kv_cache_groups, num_blocks - 1),
+            )
         runtime = find_runtime(self.vllm_config)
         staging = staging_in(self.kv_cache_config.kv_cache_groups)
         if runtime is None or staging is None:

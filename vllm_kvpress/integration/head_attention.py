@@ -1,7 +1,8 @@
 """The attention backend of a head plan: the stock backend, once for each lane of a layer.
 
-    impl      cuts queries, keys and values by head, lets the stock impl write and attend each
-              lane's part over the lane's own cache, and puts the outputs together
+    impl      cuts queries, keys and values by head, lets the stock impl (or its packed form,
+              `head_packed.py`) write and attend each lane's part over the lane's own cache, and
+              puts the outputs together
     builder   makes the stock metadata of a lane's heads; for streaming lanes, of one row for each
               block of queries (see `window_rows.py`)
 
@@ -32,6 +33,8 @@ from vllm_kvpress.config import Policy
 from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.head_groups import HeadGroups, HeadLane, group_heads
 from vllm_kvpress.integration.head_lanes import HeadLaneSpec, StreamSpec, lane_spec
+from vllm_kvpress.integration.head_packed import packed_part
+from vllm_kvpress.integration.lanes import packed_spec
 from vllm_kvpress.integration.plugin import policy_of
 from vllm_kvpress.integration.skipped import block_outermost
 from vllm_kvpress.policies.heads import HeadPlan
@@ -43,10 +46,17 @@ __all__ = ["figures_of", "head_backend", "window_metadata"]
 
 def head_backend(inner: type[AttentionBackend], policy: Policy) -> dict[str, Any]:
     """Returns the members of a subclass of `inner` that keeps what the head plan keeps."""
-    impl_cls = _head_impl(inner.get_impl_cls(), policy)
+    inner_impl = part_impl = inner.get_impl_cls()
+    members: dict[str, Any] = {}
+    if policy.packs_on_write:
+        assert policy.quantize is not None
+        part_impl = packed_part(inner_impl, policy.quantize)
+        members["forward_includes_kv_cache_update"] = False
+    impl_cls = _head_impl(inner_impl, part_impl, policy)
     builder_cls = _head_builder(inner.get_builder_cls())
     layouts = block_outermost(inner)
     return {
+        **members,
         "supported_kv_cache_layouts": classmethod(lambda cls: layouts),
         "get_impl_cls": staticmethod(lambda: impl_cls),
         "get_builder_cls": staticmethod(lambda: builder_cls),
@@ -79,7 +89,9 @@ class LanePart:
             self.keys, self.queries = self.keys.to(device), self.queries.to(device)
 
 
-def _head_impl(inner_impl: type[Any], policy: Policy) -> type[Any]:
+def _head_impl(inner_impl: type[Any], part_impl: type[Any], policy: Policy) -> type[Any]:
+    """Returns the impl of a layer, over parts of class `part_impl`."""
+
     class HeadImpl(inner_impl):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -90,7 +102,7 @@ def _head_impl(inner_impl: type[Any], policy: Policy) -> type[Any]:
         def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
             super().process_weights_after_loading(act_dtype)
             if not self.parts:
-                self.parts = _add_lanes(self, inner_impl, policy, self._vllm_config)
+                self.parts = _add_lanes(self, part_impl, policy, self._vllm_config)
 
         def do_kv_cache_update(
             self,
@@ -166,7 +178,9 @@ def _head_builder(inner_builder: type[Any]) -> type[Any]:
             spec = self.kv_cache_spec
             if isinstance(spec, StreamSpec):
                 common_attn_metadata = window_metadata(spec.window, common_attn_metadata)
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+            metadata.kv_packed = common_attn_metadata  # what packed lanes go by
+            return metadata
 
     HeadBuilder.__qualname__ = HeadBuilder.__name__ = f"Head{inner_builder.__name__}"
     return HeadBuilder
@@ -251,7 +265,7 @@ def _shared_groups(vllm_config: VllmConfig, policy: Policy) -> HeadGroups:
 
 
 def _add_lanes(
-    impl: Any, inner_impl: type[Any], policy: Policy, vllm_config: VllmConfig
+    impl: Any, part_impl: type[Any], policy: Policy, vllm_config: VllmConfig
 ) -> list[LanePart]:
     """Gives the layer that owns `impl` its first lane, and a virtual layer for each further one."""
     context = vllm_config.compilation_config.static_forward_context
@@ -267,25 +281,26 @@ def _add_lanes(
         def spec_of(config: VllmConfig, lane: HeadLane = lane) -> HeadLaneSpec:
             stock: AttentionSpec = inner_customize(stock_spec_of(config))
             window = WindowPlan(stock.block_size, policy.sink_tokens, policy.recent_tokens)
-            return lane_spec(stock, lane, window, config)
+            spec = lane_spec(stock, lane, window, config)
+            return packed_spec(spec, policy.quantize) if policy.packs_on_write else spec
 
-        part_impl = _impl_of_heads(impl, inner_impl, lane, group)
+        part = _impl_of_heads(impl, part_impl, lane, group)
         owner, part_name = layer, name
         if index:
             part_name = f"{name}.kv_lane{index}"
-            owner = context[part_name] = HeadLaneLayer(layer, part_impl, spec_of)
+            owner = context[part_name] = HeadLaneLayer(layer, part, spec_of)
         else:
             layer.get_kv_cache_spec = spec_of
-        parts.append(LanePart(lane, part_impl, owner, part_name, group))
+        parts.append(LanePart(lane, part, owner, part_name, group))
     # Builders size their scratch by the heads of a layer's impl: those of the layer's own lane.
     impl.num_heads, impl.num_kv_heads = parts[0].impl.num_heads, parts[0].impl.num_kv_heads
     return parts
 
 
-def _impl_of_heads(impl: Any, inner_impl: type[Any], lane: HeadLane, group: int) -> Any:
-    """A copy of the layer's impl, of the stock class, for some of its heads."""
+def _impl_of_heads(impl: Any, part_impl: type[Any], lane: HeadLane, group: int) -> Any:
+    """A copy of the layer's impl, of class `part_impl`, for some of its heads."""
     part = copy.copy(impl)
-    part.__class__ = inner_impl
+    part.__class__ = part_impl
     part.num_kv_heads = len(lane.heads)
     part.num_heads = part.num_kv_heads * group
     if getattr(impl, "sinks", None) is not None:

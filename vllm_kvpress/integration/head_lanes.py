@@ -11,7 +11,7 @@ tokens included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -36,6 +36,7 @@ __all__ = [
     "StreamSpec",
     "lane_spec",
     "run_groups",
+    "stock_blocks",
 ]
 
 
@@ -203,3 +204,15 @@ def run_groups(specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
         KVCacheGroupSpec(list(lanes), UniformTypeKVCacheSpecs.from_specs(lanes))
         for _, lanes in sorted(runs.items())
     ]
+
+
+def stock_blocks(kv_cache_groups: Any, num_blocks: int) -> int:
+    """Returns the blocks of as many heads in the cache's own dtype that as much memory holds.
+
+    Args:
+        kv_cache_groups: An engine's, under a head plan.
+        num_blocks: Blocks of the pool, without the null block.
+    """
+    spec = next(iter(kv_cache_groups[0].kv_cache_spec.kv_cache_specs.values()))
+    exact = replace(spec, state_content_bytes=None)
+    return int(num_blocks * spec.page_size_bytes // exact.page_size_bytes)

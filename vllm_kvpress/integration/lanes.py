@@ -17,11 +17,11 @@ registered base into one group, with the first one's spec.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
 from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import UnsupportedModelError
@@ -31,6 +31,8 @@ from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import store_format
 from vllm_kvpress.schema import Codecs
 from vllm_kvpress.skip_groups import skipped_groups_of
+
+SpecT = TypeVar("SpecT", bound=AttentionSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,20 @@ def staging_of(
     plan = plan_of(policy, scorer, spec, num_heads, num_layers, query_dtype)
     if not plan.packs_on_write:
         return StagingSpec.of(spec, plan)
-    cells = cells_of(policy.quantize, spec)
+    return StagingSpec.of(packed_spec(spec, policy.quantize), plan)
+
+
+def packed_spec(spec: SpecT, codecs: Codecs) -> SpecT:
+    """Returns the spec of a lane whose blocks hold packed cells in place of numbers.
+
+    Args:
+        spec: The spec of the same heads in the cache's own dtype.
+        codecs: The precision; formats per token.
+
+    Raises:
+        UnsupportedModelError: packed rows of a head do not fill elements of the cache's dtype.
+    """
+    cells = cells_of(codecs, spec)
     assert cells is not None
     if cells.bytes_per_head % spec.dtype.itemsize:
         raise UnsupportedModelError(
@@ -167,7 +182,7 @@ def staging_of(
             allowed="head sizes that are a multiple of 8",
             fix="Use a policy without quantize",
         )
-    return StagingSpec.of(replace(spec, state_content_bytes=cells.bytes_per_head), plan)
+    return replace(spec, state_content_bytes=cells.bytes_per_head)
 
 
 def plan_of(
@@ -214,7 +229,7 @@ def plan_of(
     )
 
 
-def cells_of(codecs: Codecs | None, spec: FullAttentionSpec) -> PackedFormat | None:
+def cells_of(codecs: Codecs | None, spec: AttentionSpec) -> PackedFormat | None:
     """Returns the cells in which layers of this shape store tokens, or None if nothing is packed.
 
     Args:

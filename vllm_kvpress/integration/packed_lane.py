@@ -5,7 +5,8 @@ values, those of its own chunk included. So chunk sizes and prefix hits change n
 are shared like exact ones. An engine has one policy: were blocks shared between engines, the policy
 would have to enter their hash.
 
-`PackedLane` is all that the backend knows: `write` a step's tokens, then `attend`.
+    PackedCache   pages of some heads of a layer: `write` a step's tokens, then `attend`
+    PackedLane    those of all layers, where a lane is a whole layer: what `backend.py` knows
 """
 
 from __future__ import annotations
@@ -25,69 +26,33 @@ from vllm_kvpress.integration.plugin import policy_of
 from vllm_kvpress.kernels.cells import Cells, Side
 from vllm_kvpress.kernels.paged_attention import PackedPart, paged_attention
 from vllm_kvpress.kernels.quantize_on_write import quantize_on_write
+from vllm_kvpress.layout import PackedFormat
 from vllm_kvpress.policies.codecs import hadamard
+from vllm_kvpress.schema import Codecs
 
 logger = init_logger("vllm.kvpress")
 
 
-class PackedLane:
-    """Writes and reads a staging lane of packed cells: on CPU in PyTorch, on CUDA by kernel.
+class NonfiniteNumbers:
+    """Counts NaN and infinite numbers as they are written, and warns of the first.
 
-    Args:
-        vllm_config: The engine's configuration, with a policy that packs on write.
-        layers: The layers, in the model's order.
+    Cells hold them as 0 and the largest float16.
 
     Attributes:
-        nonfinite: int64 [1], NaN and infinite numbers met so far; cells hold them as 0 and the
-            largest float16.
+        count: int64 [1], what writes add to.
     """
 
-    def __init__(self, vllm_config: VllmConfig, layers: list[LayerPages]) -> None:
-        policy = policy_of(vllm_config)
-        assert policy is not None
-        assert policy.quantize is not None
-        packed_runner(layers[0].pages.device)  # refuses devices without kernels
-        spec = layers[0].layer.get_kv_cache_spec(vllm_config)
-        form = cells_of(policy.quantize, spec)
-        assert form is not None
-        self._pages = {id(pages.layer): page_bytes(pages) for pages in layers}
-        device = layers[0].pages.device
-        numbers = form.numbers(next(iter(self._pages.values())).shape[1])
-        sides = {side: Side(*numbers[side]) for side in ("keys", "values")}
-        self._cells = Cells(**{**numbers, **sides})
-        self._rotation = {
-            "rotation": hadamard(spec.head_size, device),
-            "rotate_keys": policy.quantize.rotate != "none",
-            "rotate_values": policy.quantize.rotate == "both",
-        }
-        self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)
         # What the host knows of it: on a GPU a copy that arrives later, so that nothing waits.
         self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._warned = False
 
-    def write(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Encodes a step's tokens into their slots.
-
-        Args:
-            layer: vLLM's `Attention`.
-            key: [>= num_tokens, num_kv_heads, head_size].
-            value: Of the same shape.
-            slot_mapping: int64 [num_tokens], block * block_size + token in the block; -1 for none.
-        """
-        quantize_on_write(
-            key,
-            value,
-            self._pages[id(layer)],
-            slot_mapping,
-            self._cells,
-            nonfinite=self.nonfinite,
-            **self._rotation,
-        )
+    def look(self) -> None:
+        """Warns once there is one; called after every write."""
         if self._warned:
             return
-        self._seen.copy_(self.nonfinite, non_blocking=True)
+        self._seen.copy_(self.count, non_blocking=True)
         if int(self._seen):
             self._warned = True
             logger.warning(
@@ -95,9 +60,54 @@ class PackedLane:
                 "float16; more are counted silently."
             )
 
+
+class PackedCache:
+    """Packed pages of some KV heads of a layer: on CPU in PyTorch, on CUDA by kernel.
+
+    Args:
+        pages: uint8 [num_blocks, page_bytes].
+        form: The cells in them.
+        codecs: The precision.
+        nonfinite: Counts numbers that are none.
+    """
+
+    def __init__(
+        self, pages: torch.Tensor, form: PackedFormat, codecs: Codecs, nonfinite: NonfiniteNumbers
+    ) -> None:
+        packed_runner(pages.device)  # refuses devices without kernels
+        numbers = form.numbers(pages.shape[1])
+        sides = {side: Side(*numbers[side]) for side in ("keys", "values")}
+        self._pages = pages
+        self._cells = Cells(**{**numbers, **sides})
+        self._rotation = {
+            "rotation": hadamard(form.head_size, pages.device),
+            "rotate_keys": codecs.rotate != "none",
+            "rotate_values": codecs.rotate == "both",
+        }
+        self._nonfinite = nonfinite
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Encodes a step's tokens into their slots.
+
+        Args:
+            key: [>= num_tokens, num_kv_heads, head_size].
+            value: Of the same shape.
+            slot_mapping: int64 [num_tokens], block * block_size + token in the block; -1 for none.
+        """
+        quantize_on_write(
+            key,
+            value,
+            self._pages,
+            slot_mapping,
+            self._cells,
+            nonfinite=self._nonfinite.count,
+            **self._rotation,
+        )
+        self._nonfinite.look()
+
     def attend(
         self,
-        layer: Any,
+        impl: Any,
         query: torch.Tensor,
         step: CommonAttentionMetadata,
         output: torch.Tensor,
@@ -107,7 +117,7 @@ class PackedLane:
         """Writes the attention output of every request of the step.
 
         Args:
-            layer: vLLM's `Attention`.
+            impl: vLLM's implementation for these heads: scale, soft cap, sinks.
             query: [num_tokens, num_heads, head_size].
             step: Physical metadata: which blocks are read, and how many tokens of them.
             output: Like `query`, or with heads and channels as one.
@@ -116,15 +126,11 @@ class PackedLane:
         """
         assert output_scale is None
         assert output_block_scale is None
-        impl = layer.impl
         table = step.block_table_tensor[: step.num_reqs]
-        part = PackedPart(
-            self._pages[id(layer)], table, step.seq_lens[: step.num_reqs], self._cells
-        )
         paged_attention(
             query,
             step.query_start_loc[: step.num_reqs + 1],
-            causal=part,
+            causal=PackedPart(self._pages, table, step.seq_lens[: step.num_reqs], self._cells),
             scale=impl.scale,
             max_query_len=step.max_query_len,
             max_tokens=step.max_seq_len,
@@ -134,3 +140,43 @@ class PackedLane:
             **self._rotation,
         )
         return output
+
+
+class PackedLane:
+    """The caches of all layers whose staging lane is packed.
+
+    Args:
+        vllm_config: The engine's configuration, with a policy that packs on write.
+        layers: The layers, in the model's order.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, layers: list[LayerPages]) -> None:
+        policy = policy_of(vllm_config)
+        assert policy is not None
+        assert policy.quantize is not None
+        form = cells_of(policy.quantize, layers[0].layer.get_kv_cache_spec(vllm_config))
+        assert form is not None
+        nonfinite = NonfiniteNumbers(layers[0].pages.device)
+        self._caches = {
+            id(pages.layer): PackedCache(page_bytes(pages), form, policy.quantize, nonfinite)
+            for pages in layers
+        }
+
+    def write(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Encodes a step's tokens of a layer; see `PackedCache.write`."""
+        self._caches[id(layer)].write(key, value, slot_mapping)
+
+    def attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        step: CommonAttentionMetadata,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Writes a layer's attention output; see `PackedCache.attend`."""
+        cache = self._caches[id(layer)]
+        return cache.attend(layer.impl, query, step, output, *args, **kwargs)
