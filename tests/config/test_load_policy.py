@@ -372,8 +372,8 @@ WRONG_TOGETHER = [
         ["prefill: windowed does not go with heads.plan", "got random", "prefill: exact"],
     ),
     (
-        {**WINDOWED, "quantize": PACKED},
-        ["prefill: windowed does not go with packed codecs", "quantize fp8"],
+        {**WINDOWED, "quantize": {"keys": "kivi4", "values": "kivi4"}},
+        ["prefill: windowed does not go with codecs that wait", "got kivi4", "fp8, int8 or int4"],
     ),
     ({**WINDOWED, "layers": {"skip": [1]}}, ["does not go with layers.skip", "got [1]"]),
     (

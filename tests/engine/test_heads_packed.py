@@ -74,6 +74,7 @@ CASES = {
         ("uneven", "int8-int4"),
         ("one", "int4"),
         ("straddling", "int8-kivi2"),
+        ("streaming", "int8"),  # what streaming_llm:prefill=windowed becomes
     )
 }
 QUICK = ("even-int4-g32-rotated", "straddling-int8")

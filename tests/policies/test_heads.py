@@ -151,13 +151,17 @@ def test_inline_carries_labels_and_no_path(pattern):
 def test_a_windowed_prefill_is_a_plan_whose_heads_all_stream(size, recent):
     evict = {"scorer": {"name": "position", "prefill": "windowed"}}
     evict |= {} if size is None else {"budget": size}
-    policy = load_policy({"name": "mine", "recent_tokens": 70, "evict": evict})
+    packed = {"keys": "int4", "values": "int8"}
+    source = {"name": "mine", "recent_tokens": 70, "evict": evict, "quantize": packed}
+    policy = load_policy(source)
+    resolve(policy)
 
     inline = inline_heads(policy, SHAPE)
 
     assert inline.heads.labels == ("0000", "0000")
     assert (inline.name, inline.sink_tokens, inline.recent_tokens) == ("mine", 4, recent)
     assert inline.evict is None
+    assert inline.packs_on_write
     resolve(inline)
     exact = {**evict, "scorer": {"name": "position"}}
     kept = load_policy({"evict": exact})

@@ -23,13 +23,12 @@ def check_windowed(policy: Policy) -> None:
             allowed="evict.budget.tokens, or no budget: the window is then recent_tokens",
             fix="Set evict.budget.tokens, or prefill: exact",
         )
+    quantize = policy.quantize
+    waits = quantize is not None and not (quantize.is_fp8 or quantize.packs_on_write)
     beside = {
         "heads.plan": (policy.heads.plan, policy.heads.splits),
         "evict.losers": (policy.evict.losers, policy.evict.losers != "drop"),
-        "packed codecs in quantize": (
-            "" if policy.quantize is None else policy.quantize.keys,
-            policy.quantize is not None and not policy.quantize.is_fp8,
-        ),
+        "codecs that wait for the prompt's end": ("" if quantize is None else quantize.keys, waits),
         "layers.skip": (list(policy.layers.skip), bool(policy.layers.skip)),
     }
     for other, (got, given) in beside.items():
@@ -37,7 +36,7 @@ def check_windowed(policy: Policy) -> None:
             raise ConfigError(
                 f"{what} does not go with {other}: all heads of all layers keep the window alone",
                 got=str(got),
-                allowed="quantize fp8 or none beside it",
+                allowed="nothing beside it, or quantize with fp8, int8 or int4",
                 fix=f"Remove {other}, or set prefill: exact",
             )
 
