@@ -325,9 +325,16 @@ def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
 def _check_heads(policy: Policy) -> None:
     if not policy.heads.splits:
         return
+    if policy.heads.compensation and policy.quantize is not None:
+        raise ConfigError(
+            "heads.compensation does not go with quantize: it adds up keys and values in the "
+            "model's own numbers",
+            got=f"keys: {policy.quantize.keys}, values: {policy.quantize.values}",
+            allowed="quantize: null",
+            fix="Remove one of the two",
+        )
     beside = {
         "evict": policy.evict is not None,
-        "heads.compensation": policy.heads.compensation,
     }
     for what, given in beside.items():
         if given:

@@ -261,9 +261,16 @@ def check_cache_dtype(policy: "Policy", cache_dtype: str) -> None:
         ConflictError: they contradict each other.
     """
     quantize = policy.quantize
+    is_fp8 = cache_dtype in FP8_DTYPES
+    if policy.heads.compensation and is_fp8:
+        raise ConflictError(
+            "heads.compensation adds up keys and values in the model's own numbers",
+            got=f"--kv-cache-dtype {cache_dtype}",
+            allowed="auto",
+            fix="Drop --kv-cache-dtype, or set heads.compensation to false",
+        )
     if quantize is None:
         return
-    is_fp8 = cache_dtype in FP8_DTYPES
     if is_fp8 != quantize.is_fp8:
         raise ConflictError(
             "the policy's quantize and vLLM's --kv-cache-dtype contradict each other",

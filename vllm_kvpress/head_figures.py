@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_kvpress.head_groups import HeadGroups
+from vllm_kvpress.head_groups import HeadGroups, Labels, group_heads
 from vllm_kvpress.window_plan import WindowPlan
 
 __all__ = ["HeadFigures"]
@@ -25,6 +25,21 @@ class HeadFigures:
     window: WindowPlan
     step_tokens: int
 
+    @classmethod
+    def of(
+        cls, retrieval: Labels, window: WindowPlan, element_bytes: int, step_tokens: int
+    ) -> HeadFigures:
+        """Returns the figures of a head plan on a single rank.
+
+        Args:
+            retrieval: [num_layers][num_kv_heads], true for a retrieval head.
+            window: What streaming heads see.
+            element_bytes: Of a number in the cache.
+            step_tokens: Most tokens of a request that one step computes.
+        """
+        groups = group_heads(retrieval, rows=window.rows(element_bytes))
+        return cls(groups, window, step_tokens)
+
     # A head plan leaves no layer alone, and its streaming heads drop tokens.
     skipped: ClassVar[None] = None
     is_pure: ClassVar[bool] = False
@@ -37,7 +52,9 @@ class HeadFigures:
     @property
     def padding(self) -> float:
         """The share of a block that is padding, on average over the runs."""
-        return 1 - self.groups.num_heads / (sum(self.groups.runs[1:]) * self.groups.width)
+        runs = self.groups.runs
+        blocks = (runs.retrieval + runs.streaming) * self.groups.width
+        return float(1 - self.groups.filled / blocks)
 
     def full_blocks(self, num_tokens: int) -> int:
         """Returns the blocks of this pool that hold so many tokens in all heads."""

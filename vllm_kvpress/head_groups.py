@@ -12,6 +12,8 @@ run is a cache group, and a block holds the tokens of one run's heads:
 
 A layer's part of a run is a lane; a layer that straddles a cut has two lanes of a kind. Runs are
 of nearly one length, as the longest sets the bytes of a block and what the others lack is padding.
+Where streaming heads have more in a block than their tokens (sums, under compensation), runs are of
+nearly one size in bytes, counted in rows of one token and head.
 A few streaming heads may be promoted to retrieval heads, which costs memory and no quality, if
 that makes fewer runs.
 """
@@ -20,9 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
-__all__ = ["HeadGroups", "HeadLane", "Runs", "choose_runs", "group_heads"]
+__all__ = ["HeadGroups", "HeadLane", "Labels", "Runs", "choose_runs", "group_heads"]
 
 MAX_PADDING = 0.05
 MAX_PROMOTED = 0.03
@@ -68,6 +71,7 @@ class HeadGroups:
         num_heads: KV heads of this rank, over all layers.
         runs: How many runs there are.
         promoted: (layer, head) of this rank that were streaming in the plan and are not here.
+        rows: Of a head in a block, for retrieval and for streaming heads; equal without sums.
     """
 
     layers: tuple[tuple[HeadLane, ...], ...]
@@ -75,15 +79,25 @@ class HeadGroups:
     num_heads: int
     runs: Runs
     promoted: tuple[tuple[int, int], ...]
+    rows: tuple[int, int] = (1, 1)
 
     @property
-    def width(self) -> int:
-        """KV heads whose tokens fit in a block: those of the longest run."""
+    def width(self) -> Fraction:
+        """KV heads whose tokens fit in a block: those of the largest run, its sums included."""
         streaming = self.num_heads - self.num_retrieval
-        return _width(self.num_retrieval, streaming, self.runs)
+        widest = _width(self.num_retrieval, streaming, self.runs, self.rows)
+        return Fraction(widest, self.rows[0])
+
+    @property
+    def filled(self) -> Fraction:
+        """What the heads of all runs take, in heads of tokens alone."""
+        streaming = self.num_heads - self.num_retrieval
+        return self.num_retrieval + streaming * Fraction(self.rows[1], self.rows[0])
 
 
-def group_heads(retrieval: Labels, num_ranks: int = 1, rank: int = 0) -> HeadGroups:
+def group_heads(
+    retrieval: Labels, num_ranks: int = 1, rank: int = 0, rows: tuple[int, int] = (1, 1)
+) -> HeadGroups:
     """Returns the lanes of one rank.
 
     Ranks must agree on the size of every lane, so a layer has as many retrieval heads on each of
@@ -93,12 +107,13 @@ def group_heads(retrieval: Labels, num_ranks: int = 1, rank: int = 0) -> HeadGro
         retrieval: [num_layers][num_kv_heads] of the whole model, true for a retrieval head.
         num_ranks: Ranks of tensor parallelism; with fewer KV heads than ranks, several hold one.
         rank: The rank.
+        rows: Of a head in a block, for retrieval and for streaming heads.
     """
     everyone = [_local(retrieval, num_ranks, other) for other in range(num_ranks)]
     wanted = [max(sum(labels[layer]) for labels in everyone) for layer in range(len(retrieval))]
     per_layer = len(everyone[0][0])
     num_heads = per_layer * len(retrieval)
-    runs = choose_runs(sum(wanted), num_heads - sum(wanted))
+    runs = choose_runs(sum(wanted), num_heads - sum(wanted), rows)
     for layer in _rounded_layers(wanted, per_layer, runs.promoted):
         wanted[layer] += 1
     labels = [_promote(row, count) for row, count in zip(everyone[rank], wanted, strict=True)]
@@ -108,16 +123,23 @@ def group_heads(retrieval: Labels, num_ranks: int = 1, rank: int = 0) -> HeadGro
         for head, now in enumerate(row)
         if now and not everyone[rank][layer][head]
     )
-    return HeadGroups(_lanes(labels, runs), sum(wanted), num_heads, runs, promoted)
+    return HeadGroups(_lanes(labels, runs), sum(wanted), num_heads, runs, promoted, rows)
 
 
-def choose_runs(num_retrieval: int, num_streaming: int) -> Runs:
-    """Returns the fewest runs that pad no block by more than 5 %.
+def choose_runs(num_retrieval: int, num_streaming: int, rows: tuple[int, int] = (1, 1)) -> Runs:
+    """Returns the fewest runs that pad no block by more than 5 %; with sums, blocks on average.
 
     Of equally many runs, those that promote the fewest heads. At most 3 % of the heads are
-    promoted, or one, and never the last: a run for each head needs none, so there is always an
-    answer.
+    promoted, or one, and never the last. A run for each head needs no padding where all heads have
+    as many rows in a block. With sums there may be no such runs, for few heads: then those that pad
+    the least.
+
+    Args:
+        num_retrieval: Retrieval heads.
+        num_streaming: Streaming heads.
+        rows: Of a head in a block, for retrieval and for streaming heads.
     """
+    best: tuple[float, Runs] | None = None
     num_heads = num_retrieval + num_streaming
     most = min(max(0, num_streaming - 1), max(1, int(MAX_PROMOTED * num_heads)))
     for total in range(1, num_heads + 1):
@@ -126,29 +148,37 @@ def choose_runs(num_retrieval: int, num_streaming: int) -> Runs:
             for first in range(total + 1):
                 runs = Runs(promoted, first, total - first)
                 if _covers(kept, runs.retrieval) and _covers(streams, runs.streaming):
-                    width = _width(kept, streams, runs)
-                    shortest = _shortest(kept, streams, runs)
-                    if shortest >= (1 - MAX_PADDING) * width:
+                    filled = _filled(kept, streams, runs, rows)
+                    if filled >= 1 - MAX_PADDING:
                         return runs
-    raise AssertionError("a run for each head pads nothing")
+                    if best is None or filled > best[0]:
+                        best = filled, runs
+    assert best is not None, "there are heads"
+    return best[1]
 
 
 def _covers(heads: int, runs: int) -> bool:
     return runs <= heads and (runs > 0) == (heads > 0)
 
 
-def _width(retrieval: int, streaming: int, runs: Runs) -> int:
-    return max(-(-heads // n) for heads, n in _used(retrieval, streaming, runs))
+def _width(retrieval: int, streaming: int, runs: Runs, rows: tuple[int, int]) -> int:
+    return max(-(-heads // n) * r for heads, n, r in _used(retrieval, streaming, runs, rows))
 
 
-def _shortest(retrieval: int, streaming: int, runs: Runs) -> int:
-    return min(heads // n for heads, n in _used(retrieval, streaming, runs))
+def _filled(retrieval: int, streaming: int, runs: Runs, rows: tuple[int, int]) -> float:
+    """The share of a block that is no padding: in the worst run, or with sums on average."""
+    used, width = _used(retrieval, streaming, runs, rows), _width(retrieval, streaming, runs, rows)
+    if rows[0] == rows[1]:
+        return min(heads // n * r for heads, n, r in used) / width
+    return sum(heads * r for heads, _, r in used) / (width * sum(n for _, n, _ in used))
 
 
-def _used(retrieval: int, streaming: int, runs: Runs) -> list[tuple[int, int]]:
-    """(heads, runs) of each kind that there is."""
-    pairs = ((retrieval, runs.retrieval), (streaming, runs.streaming))
-    return [(heads, n) for heads, n in pairs if n]
+def _used(
+    retrieval: int, streaming: int, runs: Runs, rows: tuple[int, int]
+) -> list[tuple[int, int, int]]:
+    """(heads, runs, rows of a head) of each kind that there is."""
+    kinds = ((retrieval, runs.retrieval, rows[0]), (streaming, runs.streaming, rows[1]))
+    return [kind for kind in kinds if kind[1]]
 
 
 def _local(retrieval: Labels, num_ranks: int, rank: int) -> list[list[bool]]:

@@ -29,12 +29,14 @@ class WindowRows(NamedTuple):
         lengths: Tokens that each row reads, its own included, int32 [num_rows].
         columns: Logical blocks that each row reads, int64 [num_rows, most]; behind a row's last
             block stands that block again.
+        gaps: Blocks between sinks and window that each row does not see, int64 [num_rows].
     """
 
     requests: IntArray
     query_starts: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int32]
     columns: IntArray
+    gaps: IntArray
 
 
 def window_rows(plan: WindowPlan, query_starts: IntArray, ends: IntArray) -> WindowRows:
@@ -65,4 +67,5 @@ def window_rows(plan: WindowPlan, query_starts: IntArray, ends: IntArray) -> Win
         bounds.astype(np.int32),
         (row_ends - gaps * size).astype(np.int32),
         np.minimum(logical, blocks[:, None]),
+        gaps,
     )

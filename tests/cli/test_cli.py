@@ -233,6 +233,22 @@ def test_explain_shows_which_heads_of_a_plan_retrieve(run, tmp_path):
     assert re.search(rf"memory while it generates +17.0 MiB +{held:.1f} MiB", out)
 
 
+def test_explain_counts_the_sums_of_compensation(run):
+    plan = "duo:plan=random,retrieval_ratio=0.5"
+    words = ("--model", "testbed", "--prompt-tokens", "3000")
+    plain = run("explain", plan, *words)[1]
+    code, out, err = run("explain", f"{plan},compensation=true", *words)
+
+    assert (code, err) == (0, "")
+    assert "and one token for all others. By layer" in out
+    # 8 and 8 heads of bfloat16: two rows of sums to 16 tokens, one block longer.
+    assert "A block holds 9 heads, 5.6% of it is padding" in out
+    assert (
+        figures(out, "bytes per further token")[1]
+        == 9 / 8 * figures(plain, "bytes per further token")[1]
+    )
+
+
 def test_explain_counts_a_windowed_prefill_as_a_plan_whose_heads_all_stream(run):
     words = ("--model", "testbed", "--prompt-tokens", "3000")
     _, short, _ = run("explain", "streaming_llm:prefill=windowed,tokens=256", *words)

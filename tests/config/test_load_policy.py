@@ -413,7 +413,14 @@ WRONG_TOGETHER = [
         {"base": "duo-int4", "quantize": {"losers": {}}},
         ["heads.plan goes with codecs that pack", "and losers"],
     ),
-    ({"base": "duo", "heads": {"compensation": True}}, ["does not go with heads.compensation"]),
+    (
+        {
+            "base": "duo",
+            "heads": {"compensation": True},
+            "quantize": {"keys": "fp8", "values": "fp8"},
+        },
+        ["heads.compensation does not go with quantize", "got keys: fp8", "quantize: null"],
+    ),
 ]
 
 

@@ -78,11 +78,26 @@ class HeadWorker(Worker):
         block = run.tables[lane][position // size]
         assert block in self.owned(run, lane)
         self.write(block, lane, position % size, (run.stream, position))
+        closed = position // size
+        sums = lane.startswith("stream") and self.plan.window.compensates
+        if sums and (position + 1) % size == 0 and closed >= self.plan.window.sink_blocks:
+            if closed > self.plan.window.sink_blocks:
+                self.read_sums(run, lane, closed - 1)
+            self.write(block, lane, "sums", (run.stream, closed))
+
+    def read_sums(self, run, lane, block):
+        """The sums of a block must be there, and those of this prefix."""
+        place = run.tables[lane][block]
+        assert place in self.owned(run, lane), (lane, block)
+        assert self.read(place, lane, "sums") == (run.stream, block)
 
     def read_lane(self, run, lane, start, end):
         size, owned = self.plan.block_size, self.owned(run, lane)
         sees = self.plan.window.sees if lane.startswith("stream") else lambda query, key: True
         for query in range(start, end):
+            summed = self.plan.window.summed_block(query // size)
+            if lane.startswith("stream") and summed is not None:
+                self.read_sums(run, lane, summed)
             for key in range(query + 1):
                 if sees(query, key):
                     block = run.tables[lane][key // size]

@@ -26,7 +26,9 @@ STEPS = st.lists(
     min_size=1,
     max_size=30,
 )
-WINDOWS = st.builds(WindowPlan, st.sampled_from([1, 2, 4]), st.integers(0, 6), st.integers(1, 9))
+WINDOWS = st.builds(
+    WindowPlan, st.sampled_from([1, 2, 4]), st.integers(0, 6), st.integers(1, 9), st.booleans()
+)
 RUNS = st.sampled_from([(1, 1), (1, 2), (0, 1), (0, 2), (2, 1)])
 
 

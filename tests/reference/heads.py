@@ -4,6 +4,8 @@ Independent on purpose, as all of this folder. With block size B, a streaming he
 position i sees the keys j <= i with
 
     j < ceil(sinks / B) B    or    j >= (floor(i / B) - ceil(recent / B)) B
+
+and, compensated, one key and value more: the means over the N others, with log N on its logit.
 """
 
 from collections.abc import Sequence
@@ -24,9 +26,13 @@ class HeadRule(Rule):
 
     Attributes:
         labels: [num_layers] strings of 0 (streaming) and 1 (retrieval), one for each KV head.
+        compensated: Whether one token stands for all that a streaming head does not see.
+        counted: Whether it counts as often as there are such tokens.
     """
 
     labels: Sequence[str] = ()
+    compensated: bool = False
+    counted: bool = True
 
     def run(self, model: Any, prompt_len: int, *args: Any) -> "HeadRun":
         return HeadRun(model, self, prompt_len, *args)
@@ -62,7 +68,25 @@ class HeadRun(Run):
             mine = slice(head * group, (head + 1) * group)
             seen = causal if label == "1" else self._mask
             keys, values = self.keys[layer][:, head], self.values[layer][:, head]
+            if self.rule.compensated and label == "0":
+                out[:, mine] = self._compensated(q[:, mine], keys, values, causal)
+                continue
             logits = torch.einsum("qhd,kd->hqk", q[:, mine], keys) * self.model.head_dim**-0.5
             weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
             out[:, mine] = torch.einsum("hqk,kd->qhd", weights, values)
         return out
+
+    def _compensated(self, q: Tensor, keys: Tensor, values: Tensor, causal: Tensor) -> Tensor:
+        """Attention of a streaming head, one query after the other, [num_queries, group, dim]."""
+        rows = []
+        for row, seen in enumerate(self._mask):
+            unseen = causal[row] & ~seen
+            ks, vs, bias = keys[seen], values[seen], torch.zeros(int(seen.sum()))
+            if unseen.any():
+                ks = torch.cat([ks, keys[unseen].mean(0, keepdim=True)])
+                vs = torch.cat([vs, values[unseen].mean(0, keepdim=True)])
+                weight = unseen.sum() if self.rule.counted else torch.tensor(1)
+                bias = torch.cat([bias, weight.float().log()[None]])
+            logits = q[row] @ ks.T * self.model.head_dim**-0.5 + bias
+            rows.append(logits.softmax(-1) @ vs)
+        return torch.stack(rows)

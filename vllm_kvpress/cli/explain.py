@@ -18,6 +18,7 @@ from vllm_kvpress.conflict_table import (
 )
 from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import ConfigError, ConflictError, UnsupportedModelError, shown
+from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.layout import (
     DTYPE_BYTES,
     CacheShape,
@@ -31,6 +32,7 @@ from vllm_kvpress.planner import make_plan
 from vllm_kvpress.policies import Scorer, resolve, store_format
 from vllm_kvpress.policies.heads import HeadShape, inline_heads, resolve_heads
 from vllm_kvpress.skip_groups import SkippedGroups, check_skipped, skipped_groups_of
+from vllm_kvpress.window_plan import WindowPlan
 
 __all__ = ["explain"]
 
@@ -110,8 +112,10 @@ def explain(
     if policy.heads.splits:
         step_tokens = _size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
         head_bytes = (full_cache.bytes_per_head, _head_bytes(plan, cache, cells))
+        window = WindowPlan.from_policy(policy, block_size)
+        figures = HeadFigures.of(heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens)
         lengths = (num_prompt, num_output)
-        explain_heads(console, policy, heads, block_size, head_bytes, lengths, step_tokens)
+        explain_heads(console, policy, heads, figures, head_bytes, lengths)
         _report_conflicts(console, options)
         return
     console.print(

@@ -5,9 +5,7 @@ from rich.table import Table
 
 from vllm_kvpress.config import Policy
 from vllm_kvpress.head_figures import HeadFigures
-from vllm_kvpress.head_groups import group_heads
 from vllm_kvpress.policies.heads import HeadPlan
-from vllm_kvpress.window_plan import WindowPlan
 
 __all__ = ["explain_heads"]
 
@@ -19,10 +17,9 @@ def explain_heads(
     console: Console,
     policy: Policy,
     heads: HeadPlan,
-    block_size: int,
+    figures: HeadFigures,
     head_bytes: tuple[int, int],
     lengths: tuple[int, int],
-    step_tokens: int,
 ) -> None:
     """Prints a head plan on one rank and its figures for one request.
 
@@ -30,14 +27,11 @@ def explain_heads(
         console: Where to print.
         policy: The policy.
         heads: Its plan for the model.
-        block_size: Tokens in a block.
+        figures: What requests then hold.
         head_bytes: Bytes of a token in one KV head, without the policy and with it.
         lengths: Prompt and generated tokens.
-        step_tokens: Most tokens of a prompt that one step computes.
     """
-    groups = group_heads(heads.retrieval)
-    window = WindowPlan(block_size, policy.sink_tokens, policy.recent_tokens)
-    figures = HeadFigures(groups, window, step_tokens)
+    groups = figures.groups
     _print_labels(console, policy, heads)
     promoted = ", ".join(f"{layer}.{head}" for layer, head in groups.promoted)
     if promoted:
@@ -47,15 +41,15 @@ def explain_heads(
             soft_wrap=True,
         )
     console.print(
-        f"A block holds {groups.width} heads, {figures.padding:.1%} of it is padding; cache "
-        f"groups: {groups.runs.retrieval} of retrieval heads, {groups.runs.streaming} of streaming "
-        "heads",
+        f"A block holds {float(groups.width):g} heads, {figures.padding:.1%} of it is padding; "
+        f"cache groups: {groups.runs.retrieval} of retrieval heads, {groups.runs.streaming} of "
+        "streaming heads",
         soft_wrap=True,
     )
     num_prompt, num_output = lengths
     console.print(
         f"\n[bold]One request of {num_prompt} prompt and {num_output} generated tokens, block size "
-        f"{figures.block_size}, steps of {step_tokens} tokens[/]",
+        f"{figures.block_size}, steps of {figures.step_tokens} tokens[/]",
         soft_wrap=True,
     )
     console.print(_table(figures, head_bytes, num_prompt, num_output))
@@ -70,6 +64,8 @@ def _print_labels(console: Console, policy: Policy, heads: HeadPlan) -> None:
         f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens, in whole "
         "blocks"
     )
+    if policy.heads.compensation:
+        window += ", and one token for all others"
     if heads.num_retrieval == 0:
         console.print(f"\n[bold]Every KV head keeps[/] {window}.", soft_wrap=True)
         return
@@ -87,7 +83,7 @@ def _table(
 ) -> Table:
     groups = figures.groups
     full_block, block = (
-        figures.block_size * one * width
+        int(figures.block_size * one * width)
         for one, width in zip(head_bytes, (groups.num_heads, groups.width), strict=True)
     )
     num_full = -(-(num_prompt + num_output) // figures.block_size)
@@ -97,7 +93,7 @@ def _table(
         (
             "bytes per further token",
             full_block,
-            groups.width * groups.runs.retrieval * head_bytes[1],
+            int(groups.width * groups.runs.retrieval * head_bytes[1]),
         ),
         (
             "memory at most",

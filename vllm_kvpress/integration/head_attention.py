@@ -32,6 +32,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_kvpress.config import Policy
 from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.head_groups import HeadGroups, HeadLane, group_heads
+from vllm_kvpress.integration.head_compensation import compensated_impl, step_of
 from vllm_kvpress.integration.head_lanes import HeadLaneSpec, StreamSpec, lane_spec
 from vllm_kvpress.integration.head_packed import packed_part
 from vllm_kvpress.integration.lanes import packed_spec
@@ -175,11 +176,13 @@ def _head_builder(inner_builder: type[Any]) -> type[Any]:
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            spec = self.kv_cache_spec
+            spec, common = self.kv_cache_spec, common_attn_metadata
             if isinstance(spec, StreamSpec):
-                common_attn_metadata = window_metadata(spec.window, common_attn_metadata)
-            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-            metadata.kv_packed = common_attn_metadata  # what packed lanes go by
+                common = window_metadata(spec.window, common)
+            metadata = super().build(common_prefix_len, common, fast_build)
+            metadata.kv_packed = common  # what packed lanes go by
+            if isinstance(spec, StreamSpec) and spec.window.compensates:
+                metadata.kv_compensation = step_of(spec.window, common_attn_metadata)
             return metadata
 
     HeadBuilder.__qualname__ = HeadBuilder.__name__ = f"Head{inner_builder.__name__}"
@@ -241,7 +244,7 @@ def figures_of(vllm_config: VllmConfig) -> HeadFigures | None:
     if policy is None or groups is None:
         return None
     block_size = vllm_config.cache_config.block_size
-    window = WindowPlan(block_size, policy.sink_tokens, policy.recent_tokens)
+    window = WindowPlan.from_policy(policy, block_size)
     return HeadFigures(groups, window, vllm_config.scheduler_config.max_num_batched_tokens)
 
 
@@ -261,7 +264,9 @@ def _shared_groups(vllm_config: VllmConfig, policy: Policy) -> HeadGroups:
     assert policy.heads.labels is not None, "the front end resolves head plans"
     plan = HeadPlan.from_labels(policy.heads.labels)
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    return group_heads(plan.retrieval, ranks, get_tensor_model_parallel_rank())
+    window = WindowPlan.from_policy(policy, vllm_config.cache_config.block_size)
+    rows = window.rows(vllm_config.model_config.dtype.itemsize)
+    return group_heads(plan.retrieval, ranks, get_tensor_model_parallel_rank(), rows)
 
 
 def _add_lanes(
@@ -280,11 +285,13 @@ def _add_lanes(
 
         def spec_of(config: VllmConfig, lane: HeadLane = lane) -> HeadLaneSpec:
             stock: AttentionSpec = inner_customize(stock_spec_of(config))
-            window = WindowPlan(stock.block_size, policy.sink_tokens, policy.recent_tokens)
+            window = WindowPlan.from_policy(policy, stock.block_size)
             spec = lane_spec(stock, lane, window, config)
             return packed_spec(spec, policy.quantize) if policy.packs_on_write else spec
 
-        part = _impl_of_heads(impl, part_impl, lane, group)
+        compensated = lane.streams and policy.heads.compensation
+        part_cls = compensated_impl(part_impl) if compensated else part_impl
+        part = _impl_of_heads(impl, part_cls, lane, group)
         owner, part_name = layer, name
         if index:
             part_name = f"{name}.kv_lane{index}"

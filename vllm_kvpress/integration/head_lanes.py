@@ -1,7 +1,8 @@
 """Lanes of a head plan: cache specs of some of a layer's heads, their groups, and their manager.
 
     retrieval  every token, as stock vLLM keeps it, for the lane's heads alone
-    streaming  sinks and a window; blocks leave once no later query sees them, in the prompt too
+    streaming  sinks and a window; blocks leave once no later query sees them (under compensation
+               one block later: its sums are read), in the prompt too
 
 A run of lanes (`head_groups.py`) is one cache group. Lanes of a group differ in their number of
 heads, so a block holds their pages side by side (vLLM's block-outermost layouts). K and V are a
@@ -27,6 +28,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.head_groups import HeadLane
+from vllm_kvpress.integration.head_compensation import padded_page
 from vllm_kvpress.window_plan import WindowPlan
 
 __all__ = [
@@ -176,11 +178,14 @@ def lane_spec(
         full = {f.name: getattr(stock, f.name) for f in fields(FullAttentionSpec) if f.init}
         return RetrievalSpec(**{**full, **heads})
     attention = {f.name: getattr(stock, f.name) for f in fields(AttentionSpec) if f.init}
-    return StreamSpec(
+    spec = StreamSpec(
         **{**attention, **heads},
         window=window,
         in_flight_tokens=vllm_config.max_in_flight_tokens,
     )
+    if not window.compensates:
+        return spec
+    return replace(spec, page_size_padded=padded_page(spec, window))
 
 
 def run_groups(specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:

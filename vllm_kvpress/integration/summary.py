@@ -74,9 +74,12 @@ def head_note(figures: HeadFigures) -> str:
     if groups.promoted:
         where = ", ".join(f"{layer}.{head}" for layer, head in groups.promoted)
         text += f" (promoted, as layer.head: {where})"
+    if figures.window.compensates:
+        text += "; in the others one token stands for what they drop"
     return (
         f"{text}; cache groups: {groups.runs.retrieval} of such heads, {groups.runs.streaming} of "
-        f"others; a block holds {groups.width} heads, {figures.padding:.1%} of it is padding"
+        f"others; a block holds {float(groups.width):g} heads, "
+        f"{figures.padding:.1%} of it is padding"
     )
 
 
