@@ -303,7 +303,8 @@ def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
         )
     if policy.evict is not None and policy.evict.when.every_decode_tokens:
         raise ConfigError(
-            "evict.when.every_decode_tokens does not go with packed codecs",
+            "evict.when.every_decode_tokens does not go with packed codecs: a packed store only "
+            "grows, and its tokens are not ranked again",
             got=codecs,
             allowed="every_decode_tokens: 0, or quantize fp8",
             fix="Set evict.when.every_decode_tokens to 0",
