@@ -154,6 +154,43 @@ def test_kernel_reads_keys_and_values_inside_of_a_wider_tensor():
     assert torch.equal(pages, expected)
 
 
+@pytest.mark.parametrize("run", [run_kernel, quantize_on_write], ids=["kernel", "reference"])
+@pytest.mark.parametrize("sizes", [[1] * 23, [16, 7], [5, 13, 1, 4]], ids=str)
+@pytest.mark.parametrize(("keys", "values"), [("int8", "int4-g32"), ("int4", "exact")])
+def test_pieces_of_any_size_leave_the_same_bytes(keys, values, sizes, run):
+    """A token's bytes say nothing of the tokens that were written with it."""
+    cells = make_cells(keys, values, 80)
+    key, value = awkward((2, 23, 2, 80), torch.float32).unbind(0)
+    slots = random_slots(cells, 23)
+    pages, expected = poisoned_pages(cells, NUM_PAGES), poisoned_pages(cells, NUM_PAGES)
+
+    run(key, value, expected, slots, cells)
+    first = 0
+    for size in sizes:
+        piece = slice(first, first + size)
+        run(key[piece], value[piece], pages, slots[piece], cells)
+        first += size
+
+    assert first == 23
+    assert torch.equal(pages, expected)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_the_kernel_rotates_a_token_alike_in_pieces_of_any_size(head_size):
+    """PyTorch's product may add up in another order for another number of rows."""
+    cells = make_cells("int4", "int8", head_size)
+    key, value = awkward((2, 23, 2, head_size), torch.float32).unbind(0)
+    slots = random_slots(cells, 23)
+    options = {"rotation": hadamard(head_size), "rotate_keys": True, "rotate_values": True}
+    pages, expected = poisoned_pages(cells, NUM_PAGES), poisoned_pages(cells, NUM_PAGES)
+
+    run_kernel(key, value, expected, slots, cells, **options)
+    for piece in (slice(0, 1), slice(1, 14), slice(14, 23)):
+        run_kernel(key[piece], value[piece], pages, slots[piece], cells, **options)
+
+    assert torch.equal(pages, expected)
+
+
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_rotated_codes_stand_for_the_same_numbers(head_size):
     """A sum in another order may end on the other side of a code, which is one step away."""
