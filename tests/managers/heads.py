@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -24,6 +25,8 @@ class Heads:
         streaming: Runs of streaming heads; the second is of fewer heads, so of another spec.
         in_flight_tokens: Most tokens scheduled at a time and not yet processed.
     """
+
+    is_pure: ClassVar[bool] = False
 
     window: WindowPlan
     retrieval: int

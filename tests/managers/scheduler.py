@@ -206,6 +206,8 @@ class Simulation:
             self.counts["refused"] += 1
             return 0
         self.counts["hits"] += hit > 0
+        self.counts["hit tokens"] += hit
+        self.counts["hits on generated tokens"] += hit > request.num_prompt_tokens
         self.waiting.remove(request)
         self.running.append(request)
         request.status = RequestStatus.RUNNING
@@ -220,11 +222,14 @@ class Simulation:
             request.num_prompt_tokens,
             request.prompt_token_ids[0] // 1000,
             {name: [] for name in self.names},
+            is_pure=self.plan.is_pure,
         )
         self.note(step, request, new, self.manager.get_blocks(request.request_id))
         return new
 
     def hit_limit(self, request):
+        if self.plan.is_pure:
+            return request.num_tokens - 1
         return self.plan.hit_limit(request.num_prompt_tokens)
 
     def heard(self, request, hit):

@@ -19,6 +19,7 @@ class Run:
     Attributes:
         tables: Block ids of each lane, as the worker has been told; freed ones stay in it.
         store: What the store must hold, in order.
+        is_pure: Whether a generated token, too, is what any request makes of the tokens before it.
     """
 
     request_id: str
@@ -27,10 +28,11 @@ class Run:
     stream: int
     tables: dict[str, list[int]]
     store: list = field(default_factory=list)
+    is_pure: bool = False
 
     def content(self, position):
         """What K/V of a position is: of a prompt, any request's; of an output, this run's."""
-        if position < self.num_prompt_tokens:
+        if self.is_pure or position < self.num_prompt_tokens:
             return ("prompt", self.stream, position)
         return ("output", self.request_id, self.number, position)
 
