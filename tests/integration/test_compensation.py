@@ -22,7 +22,7 @@ from vllm_kvpress.integration.head_compensation import (
 )
 from vllm_kvpress.window_plan import WindowPlan
 
-HEADS, SIZE = 2, 3
+HEADS, SIZE = 2, 24
 LONGEST = 60
 
 
@@ -173,6 +173,36 @@ def test_the_sums_of_equal_keys_make_a_softmax_over_all_tokens():
 
     mean = tokens[:40, :, SIZE:].mean(0).repeat_interleave(2, dim=0)
     torch.testing.assert_close(output[39], mean, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lane_is_read_by_kernel_as_on_a_gpu(monkeypatch):
+    """In Triton's interpreter, over pages with sums between them."""
+    from vllm_kvpress.kernels import paged_attention
+    from vllm_kvpress.kernels.paged_attention import triton
+
+    launches = []
+
+    def launch(query, starts, *, causal, **options):
+        launches.append(len(query))
+        limits = {
+            "max_query_len": int(starts.diff().max()),
+            "max_tokens": int(causal.lengths.max()),
+        }
+        return triton.launch(query, starts, causal=causal, **limits, **options)
+
+    window = WindowPlan(4, 4, 8, compensates=True)
+    query = torch.randn(LONGEST, 2 * HEADS, SIZE)
+    tokens = [torch.randn(LONGEST, HEADS, 2 * SIZE) for _ in range(2)]
+    outputs = []
+    for name in ("reference", "kernel"):
+        if name == "kernel":
+            monkeypatch.setattr(paged_attention.cpu, "paged_attention", launch)
+        lane = Lane(window, 2)
+        lane.step([(0, 33), (0, 5)], query, tokens)
+        outputs.append(lane.step([(33, 34), (5, 40)], query, tokens))
+
+    assert launches == [38, 36]
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_is_written_where_no_block_closes():
