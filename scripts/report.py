@@ -172,10 +172,11 @@ def codec_quality_table(results: Results) -> str:
 def evaluated(records: Sequence[Result]) -> str:
     """Return the sentence that says where the numbers of an evaluation come from."""
     settings, engine = records[-1]["settings"], records[-1]["engine"]
+    commands = dict.fromkeys(f"`{record['command']}`" for record in records)
     return (
         f"Model `{settings['model']}`, {engine['dtype']}, block size {engine['block_size']}, "
         f"{engine['device']}, vLLM {settings['versions']['vllm']}, {records[-1]['date_utc']}: "
-        f"`{records[-1]['command']}`."
+        f"{', then '.join(commands)}."
     )
 
 
