@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -18,3 +20,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 TESTS = str(Path(__file__).parent)
 if TESTS not in sys.path:
     sys.path.insert(0, TESTS)
+
+# How long an example takes says how busy the machine is; a test that hangs has pytest's own limit.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")

@@ -76,7 +76,16 @@ TABLE = {
         {*LEAVES, f"{OURS}.policies", f"{OURS}.testbed", f"{OURS}.calibration"},
     ),
     "evaluation": (
-        {"rich", "huggingface_hub", "matplotlib", "datasets", "transformers", "torch", "vllm"},
+        {
+            "numpy",
+            "rich",
+            "huggingface_hub",
+            "matplotlib",
+            "datasets",
+            "transformers",
+            "torch",
+            "vllm",
+        },
         {*LEAVES, f"{OURS}.policies", f"{OURS}.testbed", f"{OURS}.evaluation"},
     ),
 }

@@ -64,7 +64,7 @@ def check(run, batch):
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROWS, st.integers(1, 8), st.none() | st.integers(0, 8), st.integers(0, 8))
 def test_tables_are_those_of_lists(run, rows, width, head_width, num_columns):
     check(run, Batch(rows, width, head_width, num_columns))

@@ -30,7 +30,7 @@ def heads_of(groups, streams):
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(labels())
 @example([[True]])
 @example([[False]])
@@ -48,7 +48,7 @@ def test_every_head_is_in_one_lane_and_no_retrieval_head_streams(plan):
     assert all(lanes for lanes in groups.layers)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(labels())
 def test_no_run_pads_a_block_by_more_than_five_percent(plan):
     groups = group_heads(plan)
@@ -68,7 +68,7 @@ def test_no_run_pads_a_block_by_more_than_five_percent(plan):
 ROWS = st.sampled_from([(32, 33), (32, 34), (16, 18)])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(labels(), ROWS)
 def test_runs_are_of_one_size_in_bytes_where_streaming_heads_hold_sums(plan, rows):
     groups = group_heads(plan, rows=rows)
@@ -101,7 +101,7 @@ def test_sums_move_the_cut_between_runs():
     assert choose_runs(1, 1, (16, 18)) == Runs(0, 1, 1)  # one head each: 6 % it is
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(labels())
 def test_few_heads_are_promoted_and_one_goes_on_streaming(plan):
     groups = group_heads(plan)
@@ -122,7 +122,6 @@ def test_the_fewest_runs_are_taken_then_the_fewest_promotions():
     assert choose_runs(7, 1) == Runs(0, 7, 1)  # the last streaming head is not promoted
 
 
-@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_no_smaller_number_of_runs_would_do(retrieval, streaming):
     if not retrieval + streaming:
@@ -142,7 +141,7 @@ def test_no_smaller_number_of_runs_would_do(retrieval, streaming):
             assert min(count // n for count, n in used) < 0.95 * width
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(labels(), st.sampled_from([1, 2, 4]))
 def test_ranks_have_lanes_of_the_same_size_and_cover_all_heads(plan, num_ranks):
     ranks = [group_heads(plan, num_ranks, rank) for rank in range(num_ranks)]
