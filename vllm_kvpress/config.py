@@ -14,6 +14,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field, ValidationError, model_validator
 
 from vllm_kvpress.errors import ConfigError, shown
+from vllm_kvpress.head_rules import check_heads_beside
 from vllm_kvpress.overrides import expand_base, parse_compact
 from vllm_kvpress.schema import (
     PARTS,
@@ -210,6 +211,11 @@ class ScorerTraits(Protocol):
         ...
 
     @property
+    def scope(self) -> str:
+        """Either "head" or "layer"."""
+        ...
+
+    @property
     def query_window(self) -> int:
         """Last queries that the score reads, in tokens."""
         ...
@@ -259,7 +265,7 @@ def check_policy(policy: Policy, traits: ScorerTraits) -> None:
         ConfigError: the first broken rule.
     """
     _check_quantize(policy, traits)
-    _check_heads(policy)
+    check_heads_beside(policy, traits)
     if policy.evict is None:
         return
     if traits.selects in ("window", "streaming"):
@@ -320,42 +326,6 @@ def _check_quantize(policy: Policy, traits: ScorerTraits) -> None:
             allowed="fp8, or keys int8, int4, none without residual_tokens, exact_sinks and "
             "layers.skip",
             fix="Use int8 or int4 and drop those options, or use a scorer that ranks tokens",
-        )
-
-
-def _check_heads(policy: Policy) -> None:
-    if not policy.heads.splits:
-        return
-    if policy.heads.compensation and policy.quantize is not None:
-        raise ConfigError(
-            "heads.compensation does not go with quantize: it adds up keys and values in the "
-            "model's own numbers",
-            got=f"keys: {policy.quantize.keys}, values: {policy.quantize.values}",
-            allowed="quantize: null",
-            fix="Remove one of the two",
-        )
-    beside = {
-        "evict": policy.evict is not None,
-    }
-    for what, given in beside.items():
-        if given:
-            raise ConfigError(
-                f"heads.plan does not go with {what} in this version",
-                got=f"plan {policy.heads.plan}",
-                allowed="a head plan alone, or with quantize",
-                fix="Remove one of the two",
-            )
-    quantize = policy.quantize
-    if quantize is None or quantize.is_fp8:
-        return
-    if not quantize.packs_on_write or quantize.losers is not None:
-        raise ConfigError(
-            "heads.plan goes with codecs that pack tokens as they are written only",
-            got=f"keys: {quantize.keys}, residual_tokens: {quantize.residual}, exact_sinks: "
-            f"{str(quantize.exact_sinks).lower()}"
-            + ("" if quantize.losers is None else ", and losers"),
-            allowed="fp8, or keys int8, int4, none without residual_tokens, exact_sinks and losers",
-            fix="Use int8 or int4 and drop those options, or heads.plan all",
         )
 
 

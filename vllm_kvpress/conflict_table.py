@@ -14,7 +14,13 @@ from vllm_kvpress.errors import ConflictError
 if TYPE_CHECKING:
     from vllm_kvpress.config import Policy
 
-__all__ = ["ALLOWED", "REFUSED", "Refusal", "check_cache_dtype", "refused_options"]
+__all__ = [
+    "ALLOWED",
+    "REFUSED",
+    "Refusal",
+    "check_cache_dtype",
+    "refused_options",
+]
 
 Refuses = Callable[[str], bool]
 
@@ -258,7 +264,7 @@ def check_cache_dtype(policy: "Policy", cache_dtype: str) -> None:
     """Checks that the policy's precision and vLLM's `--kv-cache-dtype` say the same.
 
     Raises:
-        ConflictError: they contradict each other.
+        ConflictError: they contradict each other, or the policy is not run over such a cache.
     """
     quantize = policy.quantize
     is_fp8 = cache_dtype in FP8_DTYPES
@@ -268,6 +274,13 @@ def check_cache_dtype(policy: "Policy", cache_dtype: str) -> None:
             got=f"--kv-cache-dtype {cache_dtype}",
             allowed="auto",
             fix="Drop --kv-cache-dtype, or set heads.compensation to false",
+        )
+    if policy.heads.splits and policy.evict is not None and is_fp8:
+        raise ConflictError(
+            "heads.plan with evict is not run over an fp8 cache in this version",
+            got=f"--kv-cache-dtype {cache_dtype}",
+            allowed="auto",
+            fix="Drop --kv-cache-dtype, or evict, or heads",
         )
     if quantize is None:
         return

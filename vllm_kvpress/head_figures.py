@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from vllm_kvpress.head_groups import HeadGroups, Labels, group_heads
 from vllm_kvpress.window_plan import WindowPlan
+
+if TYPE_CHECKING:
+    from vllm_kvpress.plan import RetentionPlan
 
 __all__ = ["HeadFigures"]
 
@@ -19,11 +22,13 @@ class HeadFigures:
         groups: The lanes.
         window: What streaming heads see.
         step_tokens: Most tokens of a request that one step computes.
+        retention: What retrieval heads keep; None for every token.
     """
 
     groups: HeadGroups
     window: WindowPlan
     step_tokens: int
+    retention: RetentionPlan | None = None
 
     @classmethod
     def of(
@@ -61,37 +66,40 @@ class HeadFigures:
         pages = -(-num_tokens // self.block_size) * self.groups.num_heads
         return -(-pages // self.groups.width)
 
-    def blocks_held(self, processed: int, end: int) -> int:
-        """Returns the blocks of one request in a step that computes up to `end`.
+    def _retained(self, num_prompt_tokens: int, end: int) -> int:
+        """Blocks of one run of retrieval heads in a step that computes up to `end`."""
+        if self.retention is None:
+            return -(-end // self.block_size)
+        return self.retention.blocks_held(num_prompt_tokens, end)
 
-        Args:
-            processed: Tokens whose steps were over when this one was scheduled.
-            end: Where the step ends.
-        """
+    def _decoding(self, num_prompt_tokens: int, end: int) -> int:
+        """Blocks of a request in the step that generates the token before `end`."""
         runs = self.groups.runs
-        held = runs.retrieval * -(-end // self.block_size)
-        return held + runs.streaming * self.window.blocks_held(processed, end)
+        held = runs.retrieval * self._retained(num_prompt_tokens, end)
+        return held + runs.streaming * self.window.blocks_held(end - 1, end)
 
     def peak_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> int:
         """Returns the most blocks that one request holds at a time."""
         runs, total = self.groups.runs, num_prompt_tokens + num_output_tokens
         # In the prompt's last step, wherever it begins.
-        prompt = runs.retrieval * -(-num_prompt_tokens // self.block_size)
+        prompt = runs.retrieval * self._retained(num_prompt_tokens, num_prompt_tokens)
         prompt += runs.streaming * self.window.blocks_bound(num_prompt_tokens, self.step_tokens)
         # While it generates it grows by retrieval heads: near its end, wherever a block begins.
         last = range(max(num_prompt_tokens + 1, total - self.block_size), total + 1)
-        return max(prompt, *(self.blocks_held(end - 1, end) for end in last))
+        # Where heads evict, the prompt's blocks come back a few tokens behind its end.
+        first = range(num_prompt_tokens + 1, min(total, num_prompt_tokens + 3) + 1)
+        return max(prompt, *(self._decoding(num_prompt_tokens, end) for end in (*first, *last)))
 
     def steady_blocks(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> int:
         """Returns the blocks that one request holds once it has generated so many tokens."""
-        end = num_prompt_tokens + num_output_tokens
-        return self.blocks_held(end - 1, end)
+        if self.retention is not None:
+            num_output_tokens = max(3, num_output_tokens)
+        return self._decoding(num_prompt_tokens, num_prompt_tokens + num_output_tokens)
 
     def evicts(self, max_model_len: int) -> bool:
         """Whether any request of at most this many tokens loses a block."""
-        return bool(
-            self.groups.runs.streaming and self.window.gap(max_model_len // self.block_size)
-        )
+        streams = self.groups.runs.streaming and self.window.gap(max_model_len // self.block_size)
+        return bool(streams or (self.retention and self.retention.evicts(max_model_len)))
 
     def requests_at_once(
         self, num_blocks: int, num_prompt_tokens: int, num_output_tokens: int = 1

@@ -54,7 +54,7 @@ def test_policies_prints_a_line_each_with_the_paper(run):
 
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert len(lines) == 18
+    assert len(lines) == 19
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert re.search(r"^snapkv +.*\[arXiv 2404\.14469, SnapKV", out, re.MULTILINE)
 
@@ -280,6 +280,19 @@ def test_explain_counts_packed_bytes_under_a_head_plan(run):
     assert after > 2 * figures(exact, "requests at once in")[-1]
 
 
+def test_explain_counts_heads_that_evict_beside_heads_that_stream(run):
+    words = ("--model", "testbed", "--prompt-tokens", "3000")
+    code, out, err = run("explain", "duo-snapkv:plan=random,retrieval_ratio=0.25", *words)
+
+    assert (code, err) == (0, "")
+    # 750 of 3000 tokens: whole blocks of 16 beside a tail of 8, then 256 generated ones.
+    kept = (750 - 8) // 16 + 3256 // 16 + 1 - 3000 // 16
+    held = (4 * kept + 12 * (4 + 16 + 1)) * 16 * 2 * 64 * 2 / 2**20
+    assert re.search(rf"memory while it generates +12.8 MiB +{held:.1f} MiB", out)
+    assert "in which heads" in out
+    assert "Retrieval heads hold the whole prompt until it ends" in out
+
+
 def test_explain_names_the_heads_that_are_promoted(run):
     out = run("explain", "duo:plan=random,retrieval_ratio=0.45", "--model", "testbed")[1]
 
@@ -448,3 +461,12 @@ def test_explain_refuses_packed_blocks_beside_sliding_window_layers(run, model):
 
     assert (code, out) == (2, "")
     assert "16 layers with a sliding window" in err
+
+
+def test_explain_refuses_heads_that_evict_over_an_fp8_cache_as_the_engine_does(run):
+    words = ("--model", "testbed", "--", "--kv-cache-dtype", "fp8")
+    code, _, err = run("explain", "duo-snapkv:plan=random", *words)
+
+    assert code == 2
+    assert "heads.plan with evict is not run over an fp8 cache" in err
+    assert run("explain", "duo:plan=random", *words)[0] == 0

@@ -19,6 +19,7 @@ NAMES = [
     *(
         "duo",
         "duo-int4",
+        "duo-snapkv",
         "int4",
         "int8",
         "keydiff",
@@ -394,8 +395,32 @@ WRONG_TOGETHER = [
         ["evict.when.every_decode_tokens", "needs the prompt's last queries"],
     ),
     (
-        {"base": "knorm", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
-        ["heads.plan does not go with evict", "plan random", "with quantize"],
+        "duo-snapkv:every_decode_tokens=8",
+        ["heads.plan does not go with evict.when.every_decode_tokens", "at the prompt's end"],
+    ),
+    (
+        {"base": "random", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
+        ["heads.plan does not go with the scorer 'random', which reads positions"],
+    ),
+    (
+        {"base": "streaming_llm", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
+        ["heads.plan does not go with the scorer 'position', which keeps a window"],
+    ),
+    (
+        {"base": "snapkv-demote", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
+        ["heads.plan does not go with evict.losers: demote"],
+    ),
+    (
+        {"base": "duo-snapkv", "heads": {"compensation": True}},
+        ["heads.compensation does not go with evict", "the scorer 'snapkv'"],
+    ),
+    (
+        {"base": "duo-snapkv", "quantize": PACKED},
+        ["heads.plan does not go with evict and quantize at once", "heads.plan to all"],
+    ),
+    (
+        {"base": "duo-snapkv", "quantize": {"keys": "fp8", "values": "fp8"}},
+        ["heads.plan does not go with evict and quantize at once"],
     ),
     (
         {"base": "kivi4", "heads": {"plan": "random", "retrieval_ratio": 0.5}},

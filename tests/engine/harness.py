@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,13 +108,18 @@ class Engine:
         # Store block -> (trace, restart), as of the step before and of this one.
         self._owners: list[dict[int, tuple[Trace, int]]] = [{}, {}]
         self._watch_scheduler()
-        if policy is not None and getattr(self.runtime, "events", None) is not None:
-            self.runtime.events.observer = self._observe
+        if policy is not None:
+            self._watch_events()
 
     @property
     def runner(self) -> Any:
         """The worker's model runner."""
         return self.core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.runner.vllm_config.cache_config.block_size
 
     @property
     def runtime(self) -> Any:
@@ -261,6 +267,21 @@ class Engine:
 
         self.scheduler.schedule = watched
 
+    def _watch_events(self) -> None:
+        from vllm_kvpress.integration.head_evict import run_runtimes
+
+        if getattr(self.runtime, "events", None) is not None:
+            self.runtime.events.observer = self._observe
+        for of_run in run_runtimes(self.runner.vllm_config).values():
+            for events in of_run.events.runners:
+                heads = {
+                    pages.layer_idx: lane.heads
+                    for pages in events.layers
+                    for lane in pages.layer.head_groups.layers[pages.layer_idx]
+                    if lane.run == of_run.run
+                }
+                events.observer = partial(self._observe, heads=heads)
+
     def _note(self, trace: Trace, request: Any, num_tokens: int) -> None:
         end = request.num_computed_tokens
         trace.preemptions = request.num_preemptions
@@ -280,9 +301,17 @@ class Engine:
         }
         trace.held.append(held)
         owner = trace, len(trace.kept) - 1
-        self._owners[1].update(dict.fromkeys(held.get("StoreSpec", ()), owner))
+        for lane, ids in held.items():
+            if lane.startswith("StoreSpec"):
+                self._owners[1].update(dict.fromkeys(ids, owner))
 
-    def _observe(self, event: Any, layer: int, kept: torch.Tensor) -> None:
+    def _observe(
+        self,
+        event: Any,
+        layer: int,
+        kept: torch.Tensor,
+        heads: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
         """Records an event's choice as positions.
 
         The event fell due in the step before: its store's blocks tell whose it is, even if the
@@ -294,11 +323,12 @@ class Engine:
         if found is None:  # requests that a test did not send through `run`
             return
         trace, restart = found
-        size = self.runtime.plan.block_size
+        size = self.block_size
         head_tokens = event.before.head_blocks * size
         gap = event.before.first_block * size - head_tokens
         run = trace.kept[restart]
-        for head, indices in enumerate(kept.tolist()):
+        of_layer = range(len(kept)) if heads is None else heads[layer]
+        for head, indices in zip(of_layer, kept.tolist(), strict=True):
             earlier = [key for key in run if key[1:] == (layer, head)]
             stored = run[max(earlier)] if earlier else []
             run[event.event, layer, head] = [

@@ -10,6 +10,8 @@ from engine.child import Job, in_child
 from engine.compare import FELT, TOLERANCE, compare
 from engine.harness import Trace
 from engine.test_heads import CHUNK, PLANS, check, check_blocks
+from engine.test_heads_evict import CASES as EVICTING
+from engine.test_heads_evict import check as check_evicting
 from engine.test_heads_packed import CASES as PACKED
 from engine.test_packed_lane import check as check_written
 from engine.test_processes import OUTPUTS, PREEMPTIONS, RUNNER, whole
@@ -56,6 +58,22 @@ def test_packed_lanes_under_model_runner_v2(name, tiny, dense, tmp_path):
         check_written(traces, dense, row.rule)
         check_blocks(traces, row.plan)
     assert sum(trace.preemptions for trace in report.traces["forced"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "asynchronous"), [("even-snapkv", False), ("straddling-knorm", True)]
+)
+def test_heads_that_evict_under_model_runner_v2(name, asynchronous, tiny, dense, tmp_path):
+    row = EVICTING[name]
+
+    report = in_child(job(tiny, row, runner="v2", asynchronous=asynchronous), tmp_path)
+
+    assert RUNNER["v2"] in report.runner
+    assert report.in_flight == (2 if asynchronous else 1)
+    for traces in report.traces.values():
+        check_evicting(traces, dense, row)
+    assert sum(trace.preemptions for trace in report.traces["forced"]) >= 3
+    assert sum(bool(trace.kept[0]) for trace in report.traces["mixed"]) >= 5
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
@@ -119,3 +137,20 @@ def test_packed_lanes_on_two_ranks(tiny, dense, tmp_path):
     mistakes = {**row.mistakes, "as in the policy": replace(row.rule, labels=SPLIT)}
     for what, mistake in mistakes.items():
         assert compare(longest, dense, mistake).error > 2 * INT8_TOLERANCE, what
+
+
+def test_heads_that_evict_on_two_ranks(tiny, dense, tmp_path):
+    row = replace(EVICTING["even-snapkv"], plan=SPLIT_PLAN)
+    prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
+
+    served = serve(
+        tiny, prompts, 40, tmp_path, kv_policy=row.policy, tensor_parallel_size=2,
+        max_num_batched_tokens=CHUNK,
+    )  # fmt: skip
+
+    for prompt, (outputs, logprobs) in zip(prompts, served, strict=True):
+        trace = Trace(prompt, outputs, logprobs, whole(prompt, outputs))
+        assert compare(trace, dense, row.rule, own=True).agrees(), len(prompt)
+        if len(prompt) == 411:
+            wrong = replace(row.rule, labels=SPLIT)
+            assert compare(trace, dense, wrong, own=True).error > FELT

@@ -80,7 +80,7 @@ class HeadWorker(Worker):
         size = self.plan.block_size
         block = run.tables[lane][position // size]
         assert block in self.owned(run, lane)
-        self.write(block, lane, position % size, (run.stream, position))
+        self.write(block, lane, position % size, self.content(run, position))
         closed = position // size
         sums = lane.startswith("stream") and self.plan.window.compensates
         if sums and (position + 1) % size == 0 and closed >= self.plan.window.sink_blocks:
@@ -105,8 +105,11 @@ class HeadWorker(Worker):
                 if sees(query, key):
                     block = run.tables[lane][key // size]
                     assert block in owned, (lane, query, key)
-                    # K and V are a function of the tokens before, whoever computed them.
-                    assert self.read(block, lane, key % size) == (run.stream, key)
+                    assert self.read(block, lane, key % size) == self.content(run, key)
+
+    def content(self, run, position):
+        """K and V are a function of the tokens before, whoever computed them."""
+        return (run.stream, position)
 
 
 class HeadSimulation(Simulation):

@@ -65,6 +65,11 @@ class Worker:
 
     def execute(self, steps) -> None:
         """Runs one step: [(run, start, end)] of every scheduled request."""
+        self.settle(steps)
+        self.forward(steps)
+
+    def settle(self, steps) -> None:
+        """Runs the events that are due, and notes those that this step makes due."""
         pending, self.pending = self.pending, []
         for event in pending:
             self.run_event(event)
@@ -74,6 +79,9 @@ class Worker:
                 tables = {lane: list(ids) for lane, ids in run.tables.items()}
                 before = self.plan.layout(run.num_prompt_tokens, start)
                 self.pending.append(Pending(run, event, before, tables))
+
+    def forward(self, steps) -> None:
+        """Writes the step's tokens and reads what their attention reads."""
         for run, start, end in steps:
             self.write_tokens(run, start, end)
         for run, start, end in steps:

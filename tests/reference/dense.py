@@ -390,7 +390,7 @@ class Run:
     def _evict(self, event: int) -> None:
         closed = event - event % self.rule.block_size
         for layer in self.layers:
-            for head in range(self.model.num_kv_heads):
+            for head in self.evicting_heads(layer):
                 key = (event, layer, head)
                 # An engine leaves out the event of a request's very last step: nothing reads it.
                 forced = (self.forced_kept or {}).get(key)
@@ -403,6 +403,10 @@ class Run:
                 self.flips += flips
                 self.visible[layer, head, :closed] = False
                 self.visible[layer, head, self.kept[key]] = True
+
+    def evicting_heads(self, layer: int) -> Sequence[int]:
+        """Returns the KV heads of a layer in which events take place."""
+        return range(self.model.num_kv_heads)
 
     def _observe(self, layer: int, head: int, positions: Tensor) -> Observation:
         group = self.model.num_heads // self.model.num_kv_heads

@@ -6,6 +6,7 @@ position i sees the keys j <= i with
     j < ceil(sinks / B) B    or    j >= (floor(i / B) - ceil(recent / B)) B
 
 and, compensated, one key and value more: the means over the N others, with log N on its logit.
+A retrieval head sees every key, but for those that the rule's scorer has evicted, if it has one.
 """
 
 from collections.abc import Sequence
@@ -60,13 +61,16 @@ class HeadRun(Run):
         self._mask = self.rule.streaming_mask(start, len(tokens))
         return super().step(tokens, start)
 
+    def evicting_heads(self, layer: int) -> Sequence[int]:
+        return [head for head, label in enumerate(self.rule.labels[layer]) if label == "1"]
+
     def _attend(self, layer: int, q: Tensor, start: int) -> Tensor:
         group = q.shape[1] // self.model.num_kv_heads
         causal = torch.ones(self._mask.shape, dtype=torch.bool).tril(start)
         out = torch.empty_like(q)
         for head, label in enumerate(self.rule.labels[layer]):
             mine = slice(head * group, (head + 1) * group)
-            seen = causal if label == "1" else self._mask
+            seen = causal & self.visible[layer, head] if label == "1" else self._mask
             keys, values = self.keys[layer][:, head], self.values[layer][:, head]
             if self.rule.compensated and label == "0":
                 out[:, mine] = self._compensated(q[:, mine], keys, values, causal)

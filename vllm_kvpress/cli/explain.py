@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_kvpress.cli.explain_heads import explain_heads
+from vllm_kvpress.cli.explain_heads import explain_heads, heads_text
 from vllm_kvpress.cli.model_shape import ModelShape, read_model_shape
 from vllm_kvpress.cli.vllm_words import parse_vllm_words
 from vllm_kvpress.config import Policy, load_policy
@@ -113,7 +113,10 @@ def explain(
         step_tokens = _size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
         head_bytes = (full_cache.bytes_per_head, _head_bytes(plan, cache, cells))
         window = WindowPlan.from_policy(policy, block_size)
-        figures = HeadFigures.of(heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens)
+        figures = replace(
+            HeadFigures.of(heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens),
+            retention=None if policy.evict is None else plan,
+        )
         lengths = (num_prompt, num_output)
         explain_heads(console, policy, heads, figures, head_bytes, lengths)
         _report_conflicts(console, options)
@@ -237,7 +240,7 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
     if plan.skipped is not None:
         table.add_row("left alone", _skipped_text(policy, plan.skipped))
     if policy.evict is None:
-        table.add_row("how many", _heads_text(policy))
+        table.add_row("how many", heads_text(policy))
         return table
     table.add_row(
         "always", f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens"
@@ -257,21 +260,13 @@ def _kept_table(policy: Policy, scorer: Scorer, plan: RetentionPlan, cache: Cach
     if plan.every_decode_tokens:
         events.append(f"every {plan.every_decode_tokens} generated tokens")
     table.add_row("when", " and ".join(events))
+    if policy.heads.splits:
+        table.add_row("in which heads", "retrieval heads; streaming heads keep the former alone")
     moved = "quantized once" if isinstance(plan, PackedPlan) else "moved as they are"
     table.add_row("where", f"in a store of the request's own, per layer and KV head, {moved}")
     if isinstance(plan, DemotingPlan):
         table.add_row("the others", "in a second store, at fewer bits: no token is evicted")
     return table
-
-
-def _heads_text(policy: Policy) -> str:
-    """How many tokens a policy without `evict` keeps; its head plan is one of labels."""
-    labels = policy.heads.labels
-    if labels is None:
-        return "every token"
-    if any("1" in row for row in labels):
-        return "every token, in some heads"
-    return "sinks and a window, in every head and for every query, the prompt's own included"
 
 
 def _skipped_text(policy: Policy, skipped: SkippedGroups) -> str:

@@ -7,7 +7,7 @@ from vllm_kvpress.config import Policy
 from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.policies.heads import HeadPlan
 
-__all__ = ["explain_heads"]
+__all__ = ["explain_heads", "heads_text"]
 
 # The pool of the concurrency figure: a server's worth of memory, in uncompressed requests.
 _POOL_REQUESTS = 10
@@ -53,10 +53,22 @@ def explain_heads(
         soft_wrap=True,
     )
     console.print(_table(figures, head_bytes, num_prompt, num_output))
-    console.print(
-        "Blocks of streaming heads leave while the prompt is computed: longer prompts fit, too.\n",
-        soft_wrap=True,
+    advice = (
+        "Blocks of streaming heads leave while the prompt is computed: longer prompts fit, too."
     )
+    if figures.retention is not None:
+        advice += " Retrieval heads hold the whole prompt until it ends, then their budget."
+    console.print(advice + "\n", soft_wrap=True)
+
+
+def heads_text(policy: Policy) -> str:
+    """Returns how many tokens a policy without `evict` keeps; its head plan is one of labels."""
+    labels = policy.heads.labels
+    if labels is None:
+        return "every token"
+    if any("1" in row for row in labels):
+        return "every token, in some heads"
+    return "sinks and a window, in every head and for every query, the prompt's own included"
 
 
 def _print_labels(console: Console, policy: Policy, heads: HeadPlan) -> None:

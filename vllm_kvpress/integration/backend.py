@@ -284,7 +284,7 @@ def _lane_backend(backend: type[AttentionBackend], lane: str) -> type[AttentionB
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
-                self.lane_runtime = find_runtime(self.vllm_config)
+                self.lane_runtime = find_runtime(self.vllm_config, self.kv_cache_spec.run)
 
             def build(
                 self,

@@ -110,11 +110,11 @@ def _group_lanes(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Any:
         from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
-        from vllm_kvpress.integration.head_lanes import HeadLaneSpec, run_groups
+        from vllm_kvpress.integration.head_lanes import RetrievalSpec, StreamSpec, run_groups
         from vllm_kvpress.integration.lanes import LaneSpec, StagingSpec
         from vllm_kvpress.integration.skipped import SkippedSpec, groups_of
 
-        if any(isinstance(spec, HeadLaneSpec) for spec in kv_cache_spec.values()):
+        if any(isinstance(spec, RetrievalSpec | StreamSpec) for spec in kv_cache_spec.values()):
             return run_groups(kv_cache_spec)
         lanes: dict[type, list[str]] = {}
         skipped: dict[str, Any] = {}
@@ -200,12 +200,15 @@ def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         original(self, kv_cache_config, is_profiling, **kwargs)
         from vllm_kvpress.integration.head_attention import figures_of
+        from vllm_kvpress.integration.head_evict import run_runtimes
         from vllm_kvpress.integration.head_lanes import stock_blocks
         from vllm_kvpress.integration.lanes import staging_in
         from vllm_kvpress.integration.summary import head_note, log_summary
         from vllm_kvpress.integration.worker import find_runtime
 
         num_blocks = self.kv_cache_config.num_blocks
+        for of_run in run_runtimes(self.vllm_config).values():
+            of_run.attach(self)
         figures = figures_of(self.vllm_config)
         if figures is not None and not is_profiling:
             log_summary(

@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.head_groups import HeadLane
 from vllm_kvpress.integration.head_compensation import padded_page
+from vllm_kvpress.integration.lanes import LaneSpec, PrivateSpec
 from vllm_kvpress.window_plan import WindowPlan
 
 __all__ = [
@@ -64,11 +65,14 @@ class StreamSpec(AttentionSpec):
         run: The run that the lane belongs to.
         window: What its heads see.
         in_flight_tokens: Most tokens scheduled at a time and not yet processed.
+        shares_outputs: Whether blocks of generated tokens are shared, too: not where their K and V
+            depend on what other heads have dropped.
     """
 
     run: int
     window: WindowPlan
     in_flight_tokens: int
+    shares_outputs: bool = True
 
     def blocks_at(self, num_tokens: int) -> int:
         """Returns the most blocks that this lane holds for a sequence of this length."""
@@ -78,7 +82,7 @@ class StreamSpec(AttentionSpec):
         return self.blocks_at(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
 
-HeadLaneSpec = RetrievalSpec | StreamSpec
+HeadLaneSpec = RetrievalSpec | StreamSpec | LaneSpec
 
 
 class StreamManager(SingleTypeKVCacheManager):
@@ -112,6 +116,11 @@ class StreamManager(SingleTypeKVCacheManager):
     ) -> None:
         first, last = self.kv_cache_spec.window.freed(processed_computed_tokens)
         self._remove_blocks_in_range(request_id, first, last)
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        if not self.kv_cache_spec.shares_outputs:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     @classmethod
     def find_longest_cache_hit(
@@ -201,10 +210,13 @@ def run_groups(specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
             got=", ".join(others[:4]),
             fix="Use a policy without a head plan, or prefill: exact",
         )
-    runs: dict[int, dict[str, Any]] = {}
+    runs: dict[tuple[int, bool, str], dict[str, Any]] = {}
     for name, spec in specs.items():
         assert isinstance(spec, HeadLaneSpec)
-        runs.setdefault(spec.run, {})[name] = spec
+        assert spec.run is not None
+        # The private lanes first: their builders leave their tables for the staging lane's.
+        key = (spec.run, not isinstance(spec, PrivateSpec), type(spec).__name__)
+        runs.setdefault(key, {})[name] = spec
     return [
         KVCacheGroupSpec(list(lanes), UniformTypeKVCacheSpecs.from_specs(lanes))
         for _, lanes in sorted(runs.items())

@@ -37,15 +37,21 @@ SpecT = TypeVar("SpecT", bound=AttentionSpec)
 
 @dataclass(frozen=True, kw_only=True)
 class LaneSpec(FullAttentionSpec):
-    """The staging page plus the plan that rules who holds how many of them."""
+    """The staging page plus the plan that rules who holds how many of them.
+
+    Attributes:
+        plan: The retention plan.
+        run: Under a head plan, the run of heads that the lane belongs to.
+    """
 
     plan: RetentionPlan = field(metadata={"kvpress": True})
+    run: int | None = None
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, plan: RetentionPlan) -> Self:
         """Returns this lane's spec for a layer whose stock spec is `spec`."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
-        return cls(**values, plan=plan)
+        return cls(**values, plan=plan, run=getattr(spec, "run", None))
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

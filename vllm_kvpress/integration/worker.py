@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -73,6 +73,14 @@ class SteadyBatch:
         )
 
 
+class Events(Protocol):
+    """What runs events: an `EventRunner`, or several."""
+
+    def run(self, events: list[PendingEvent]) -> None:
+        """Runs the events, in order."""
+        ...
+
+
 class LaneRuntime:
     """One worker's lanes: made with the model's first attention layer, bound to its caches later.
 
@@ -100,7 +108,7 @@ class LaneRuntime:
         self.pending: list[PendingEvent] = []
         self.plan: RetentionPlan | None = None
         self._runner: weakref.ref[Any] | None = None
-        self.events: EventRunner | None = None
+        self.events: Events | None = None
         self.packed: PackedAttention | PackedLane | None = None
         self._pages: list[torch.Tensor] = []
         # Of each group of skipped layers, by its first layer: tokens in a block, and the pages.
@@ -292,10 +300,19 @@ def _clear_fresh(rows: Rows, size: int, table: torch.Tensor, pages: list[torch.T
             layer_pages[blocks] = 0
 
 
-def find_runtime(vllm_config: VllmConfig) -> LaneRuntime | None:
-    """Returns the runtime that an engine's attention layers share, if any was made."""
+def find_runtime(vllm_config: VllmConfig, run: int | None = None) -> LaneRuntime | None:
+    """Returns the runtime that an engine's attention layers share, if any was made.
+
+    Args:
+        vllm_config: The engine's configuration.
+        run: Under a head plan, the run of heads whose runtime is wanted.
+    """
     for layer in vllm_config.compilation_config.static_forward_context.values():
-        runtime = getattr(getattr(layer, "impl", None), "lane_runtime", None)
+        impl = getattr(layer, "impl", None)
+        if run is None:
+            runtime = getattr(impl, "lane_runtime", None)
+        else:
+            runtime = getattr(impl, "run_runtimes", {}).get(run)
         if runtime is not None:
             return runtime  # type: ignore[no-any-return]
     return None

@@ -1,0 +1,81 @@
+"""Random schedules of head plans whose retrieval heads evict, over vLLM's own managers."""
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plan.simulation import plans
+
+from managers.heads_evicting import EvictingHeads, EvictingHeadSimulation, least_pool_of
+from managers.test_head_schedules import BUDGET, STEPS
+from managers.test_schedules import LONGEST, REQUESTS, play
+
+TOTALS: Counter[str] = Counter()
+RUNS = st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)])
+
+
+def heads(retention, runs, in_flight):
+    return EvictingHeads(retention, *runs, in_flight_tokens=BUDGET * (1 + in_flight))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    plans(stores=(True,)),
+    RUNS,
+    REQUESTS,
+    STEPS,
+    st.integers(0, 12),
+    st.booleans(),
+    st.sampled_from([0, 1]),
+)
+def test_random_schedules(retention, runs, requests, steps, spare, caching, in_flight):
+    plan = heads(retention, runs, in_flight)
+    pool = 1 + least_pool_of(plan, LONGEST) + spare
+    simulation = EvictingHeadSimulation(plan, pool, LONGEST, caching=caching, in_flight=in_flight)
+
+    play(simulation, requests, steps)
+
+    TOTALS.update(simulation.counts)
+    TOTALS.update(simulation.worker.counts)
+
+
+def test_the_schedules_above_met_every_case():
+    if not TOTALS:
+        pytest.skip("runs after test_random_schedules")
+    for case in ("finished", "preemptions", "aborts", "hits", "refused", "events", "stale"):
+        assert TOTALS[case] >= 10, (case, TOTALS)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    plans(stores=(True,)),
+    RUNS,
+    st.integers(1, 40),
+    st.integers(1, 16),
+    st.sampled_from([1, 3, 7, 100]),
+    st.lists(st.integers(1, 40), max_size=3),
+    st.sampled_from([0, 1]),
+    st.booleans(),
+)
+def test_a_request_alone_in_the_least_pool_ends(
+    retention, runs, prompt, outputs, chunk, preempt_at, in_flight, caching
+):
+    """The admission gate and start-up sizing use one figure: no request waits for ever."""
+    plan = heads(retention, runs, in_flight)
+    pool = 1 + least_pool_of(plan, prompt + outputs)
+    simulation = EvictingHeadSimulation(
+        plan, pool, prompt + outputs, caching=caching, in_flight=in_flight
+    )
+    steps = [
+        (BUDGET, chunk, "preempt" if time in preempt_at else "", 0)
+        for time in range(max(preempt_at, default=0) + 1)
+    ]
+
+    play(simulation, [(0, prompt, outputs, 0)], steps)
+
+    assert simulation.counts["finished"] == 1
+    assert simulation.counts["refused"] == 0
