@@ -274,6 +274,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], str]]] = {
     "tasks": ("cpu_tasks", read_results, quality_table),
     "heads-quality": ("cpu_heads_quality", read_results, quality_table),
     "codec-quality": ("cpu_codec_quality", read_results, codec_quality_table),
+    "codec-divergence": ("cpu_codec_divergence", read_results, codec_quality_table),
 }
 
 

@@ -131,7 +131,7 @@ def divergence_cells(record: Record) -> tuple[str, str]:
         return "-", "-"
     found = record["divergence"]
     least = "" if found["whole"] else "≥ "
-    kl = f"{least}{found['kl']:.2g} ± {found['standard_error']:.1g}"
+    kl = f"{least}{found['kl']:.3g} ± {found['standard_error']:.1g}"
     return kl, f"{100 * found['same_top']:.1f}"
 
 
