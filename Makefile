@@ -16,7 +16,8 @@ DEMO_ARGS ?=
 TEST_JOBS ?= 2
 TEST_ARGS ?=
 # A file's tests share an engine, so a file goes to one process.
-PYTEST = $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile \
+	--no-loadscope-reorder
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)

@@ -207,7 +207,6 @@ class Simulation:
             return 0
         self.counts["hits"] += hit > 0
         self.counts["hit tokens"] += hit
-        self.counts["hits on generated tokens"] += hit > request.num_prompt_tokens
         self.waiting.remove(request)
         self.running.append(request)
         request.status = RequestStatus.RUNNING

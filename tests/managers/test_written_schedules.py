@@ -51,14 +51,14 @@ def play_one(plan, requests, steps, spare, caching, in_flight, by_priority):
     TOTALS.update(simulation.counts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SCHEDULES)
 def test_random_schedules(schedule):
     play_one(*schedule)
 
 
 @pytest.mark.full
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000)
 @given(SCHEDULES)
 def test_many_random_schedules(schedule):
     play_one(*schedule)
@@ -69,7 +69,6 @@ def test_the_schedules_above_met_every_case():
         pytest.skip("runs after test_random_schedules")
     for case in ("finished", "preemptions", "aborts", "hits"):
         assert TOTALS[case] >= 10, (case, TOTALS)
-    assert TOTALS["hits on generated tokens"] >= 3, TOTALS
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_generated_blocks_are_hit_unless_something_is_dropped(plan, hits):
     assert simulation.counts["hit tokens"] == hits
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     PLANS, st.integers(1, 40), st.integers(0, 15), st.sampled_from([1, 3, 7, 100]),
     st.lists(st.integers(1, 40), max_size=4), st.sampled_from([0, 1]), st.booleans(),
