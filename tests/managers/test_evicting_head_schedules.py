@@ -12,7 +12,7 @@ from plan.simulation import plans
 
 from managers.heads_evicting import EvictingHeads, EvictingHeadSimulation, least_pool_of
 from managers.test_head_schedules import BUDGET, STEPS
-from managers.test_schedules import LONGEST, REQUESTS, play
+from managers.test_schedules import LONGEST, REQUESTS, play, play_alone
 
 TOTALS: Counter[str] = Counter()
 RUNS = st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)])
@@ -70,12 +70,8 @@ def test_a_request_alone_in_the_least_pool_ends(
     simulation = EvictingHeadSimulation(
         plan, pool, prompt + outputs, caching=caching, in_flight=in_flight
     )
-    steps = [
-        (BUDGET, chunk, "preempt" if time in preempt_at else "", 0)
-        for time in range(max(preempt_at, default=0) + 1)
-    ]
 
-    play(simulation, [(0, prompt, outputs, 0)], steps)
+    play_alone(simulation, prompt, outputs, chunk, preempt_at, budget=BUDGET)
 
     assert simulation.counts["finished"] == 1
     assert simulation.counts["refused"] == 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from managers.heads import Heads, HeadSimulation, least_pool
-from managers.test_schedules import LONGEST, REQUESTS, play
+from managers.test_schedules import LONGEST, REQUESTS, play, play_alone
 from vllm_kvpress.window_plan import WindowPlan
 
 TOTALS: Counter[str] = Counter()
@@ -73,12 +73,8 @@ def test_a_request_alone_in_the_least_pool_ends(
     plan = heads(window, runs, in_flight)
     pool = 1 + least_pool(plan, prompt + outputs)
     simulation = HeadSimulation(plan, pool, prompt + outputs, caching=caching, in_flight=in_flight)
-    steps = [
-        (BUDGET, chunk, "preempt" if time in preempt_at else "", 0)
-        for time in range(max(preempt_at, default=0) + 1)
-    ]
 
-    play(simulation, [(0, prompt, outputs, 0)], steps)
+    play_alone(simulation, prompt, outputs, chunk, preempt_at, budget=BUDGET)
 
     assert simulation.counts["finished"] == 1
     assert simulation.counts["refused"] == 0

@@ -13,7 +13,7 @@ from plan.test_packed_plan import plans
 
 from managers.packed_worker import PackedWorker
 from managers.scheduler import Simulation, sizing
-from managers.test_schedules import LONGEST, REQUESTS, STEPS, play
+from managers.test_schedules import LONGEST, REQUESTS, STEPS, play, play_alone
 from vllm_kvpress.packed_plan import PackedPlan
 
 TOTALS: Counter[str] = Counter()
@@ -60,12 +60,8 @@ def test_a_request_alone_in_the_least_pool_ends(
     """Prompt and outputs of a preempted request are computed as one chunk: the store holds most."""
     outputs = 1 + more
     simulation = simulation_of(plan, 0, prompt + outputs, caching=caching, in_flight=in_flight)
-    steps = [
-        (100, chunk, "preempt" if time in preempt_at else "", 0)
-        for time in range(max(preempt_at, default=0) + 1)
-    ]
 
-    play(simulation, [(0, prompt, outputs, 0)], steps)
+    play_alone(simulation, prompt, outputs, chunk, preempt_at)
 
     assert simulation.counts["finished"] == 1
 

@@ -58,6 +58,15 @@ def play(simulation, requests, steps):
         simulation.step(budget, chunk)
         time += 1
         assert time < limit, "the schedule does not end: a request is never admitted again"
+
+
+def play_alone(simulation, prompt, outputs, chunk, preempt_at, budget=100):
+    """Plays one request to its end, which is preempted before the steps of these numbers."""
+    steps = [
+        (budget, chunk, "preempt" if time in preempt_at else "", 0)
+        for time in range(max(preempt_at, default=0) + 1)
+    ]
+    play(simulation, [(0, prompt, outputs, 0)], steps)
     simulation.check_nothing_is_left()
 
 
@@ -120,12 +129,8 @@ def test_a_request_alone_in_the_least_pool_ends(
     outputs = 1 + more
     pool = 1 + sizing(plan, prompt + outputs)
     simulation = Simulation(plan, pool, prompt + outputs, caching=caching, in_flight=in_flight)
-    steps = [
-        (100, chunk, "preempt" if time in preempt_at else "", 0)
-        for time in range(max(preempt_at, default=0) + 1)
-    ]
 
-    play(simulation, [(0, prompt, outputs, 0)], steps)
+    play_alone(simulation, prompt, outputs, chunk, preempt_at)
 
     assert simulation.counts["finished"] == 1
     assert simulation.counts["refused"] == 0

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from plan.simulation import plans
 
 from managers.scheduler import Simulation, sizing
-from managers.test_schedules import LONGEST, REQUESTS, STEPS, play
+from managers.test_schedules import LONGEST, REQUESTS, STEPS, play, play_alone
 from vllm_kvpress.plan import RetentionPlan
 
 TOTALS: Counter[str] = Counter()
@@ -101,12 +101,8 @@ def test_a_request_alone_in_the_least_pool_ends(
     outputs = 1 + more
     pool = 1 + sizing(plan, prompt + outputs)
     simulation = Simulation(plan, pool, prompt + outputs, caching=caching, in_flight=in_flight)
-    steps = [
-        (100, chunk, "preempt" if time in preempt_at else "", 0)
-        for time in range(max(preempt_at, default=0) + 1)
-    ]
 
-    play(simulation, [(0, prompt, outputs, 0)], steps)
+    play_alone(simulation, prompt, outputs, chunk, preempt_at)
 
     assert simulation.counts["finished"] == 1
     assert simulation.counts["refused"] == 0
