@@ -87,7 +87,7 @@ class Engine:
         """Generate greedily for all prompts at once; return the outputs and what was seen."""
         engine = self.llm.llm_engine
         seen = observe(self.scheduler)
-        requests = [(prompt, item.late) for item in items for prompt in item.prompts]
+        requests = _requests(items)
         for index, (prompt, late) in enumerate(requests):
             params = _params(num_tokens, late)
             engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
@@ -104,7 +104,7 @@ class Engine:
     ) -> Distributions:
         """Return the next-token distributions along given answers, one for each prompt."""
         vocabulary = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
-        questions = [(prompt, item.late) for item in items for prompt in item.prompts]
+        questions = _requests(items)
         forced = [[*late, *answer] for (_, late), answer in zip(questions, answers, strict=True)]
         params = [
             _params(0, given, logprobs=min(vocabulary, MOST_TOKENS), flat_logprobs=True)
@@ -124,6 +124,11 @@ class Engine:
             return str(output.text)
         assert tokens[: len(late)] == list(late), "the engine did not take the given outputs"
         return str(self.llm.get_tokenizer().decode(tokens[len(late) :], skip_special_tokens=True))
+
+
+def _requests(items: Sequence[Item]) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Return the prompt of each question, and the tokens that are given after it."""
+    return [(prompt, item.late) for item in items for prompt in item.prompts]
 
 
 def _params(num_tokens: int, given: Sequence[int], **options: Any) -> Any:
@@ -198,9 +203,8 @@ def _divergence(
 ) -> dict[str, Any] | None:
     """Return how far the engine is from the full cache, which leaves its own distributions."""
     if engine.is_full:
-        lates = [item.late for item in items for _ in item.prompts]
-        pairs = zip(outputs, lates, strict=True)
-        answers = [list(output.token_ids)[len(late) :] for output, late in pairs]
+        pairs = zip(outputs, _requests(items), strict=True)
+        answers = [list(output.token_ids)[len(late) :] for output, (_, late) in pairs]
         engine.distributions(items, answers).save(path)
         return None
     full = Distributions.load(path)

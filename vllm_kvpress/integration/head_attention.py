@@ -192,8 +192,11 @@ def _head_builder(inner_builder: type[Any]) -> type[Any]:
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            spec, common, query_window = self.kv_cache_spec, common_attn_metadata, None
-            if isinstance(spec, StreamSpec):
+            spec, common = self.kv_cache_spec, common_attn_metadata
+            query_window = compensation = None
+            if isinstance(spec, StreamSpec) and spec.window.compensates:
+                compensation = step_of(spec.window, common)  # all that these lanes read
+            elif isinstance(spec, StreamSpec):
                 common = window_metadata(spec.window, common)
             elif isinstance(spec, LaneSpec):
                 step = run_runtimes(self.vllm_config)[spec.run].begin_step(common)
@@ -201,8 +204,7 @@ def _head_builder(inner_builder: type[Any]) -> type[Any]:
             metadata = super().build(common_prefix_len, common, fast_build)
             metadata.kv_query_window = query_window
             metadata.kv_packed = common  # what packed lanes go by
-            if isinstance(spec, StreamSpec) and spec.window.compensates:
-                metadata.kv_compensation = step_of(spec.window, common_attn_metadata)
+            metadata.kv_compensation = compensation
             return metadata
 
     HeadBuilder.__qualname__ = HeadBuilder.__name__ = f"Head{inner_builder.__name__}"

@@ -106,11 +106,6 @@ class LaneView:
         """The lane's cache."""
         return self._owner.kv_cache  # type: ignore[no-any-return]
 
-    @property
-    def head_groups(self) -> Any:
-        """The lanes of all layers."""
-        return self._layer.impl.head_groups
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
