@@ -32,7 +32,12 @@ class HeadFigures:
 
     @classmethod
     def of(
-        cls, retrieval: Labels, window: WindowPlan, element_bytes: int, step_tokens: int
+        cls,
+        retrieval: Labels,
+        window: WindowPlan,
+        element_bytes: int,
+        step_tokens: int,
+        retention: RetentionPlan | None = None,
     ) -> HeadFigures:
         """Returns the figures of a head plan on a single rank.
 
@@ -41,9 +46,10 @@ class HeadFigures:
             window: What streaming heads see.
             element_bytes: Of a number in the cache.
             step_tokens: Most tokens of a request that one step computes.
+            retention: What retrieval heads keep; None for every token.
         """
         groups = group_heads(retrieval, rows=window.rows(element_bytes))
-        return cls(groups, window, step_tokens)
+        return cls(groups, window, step_tokens, retention)
 
     # A head plan leaves no layer alone, and its streaming heads drop tokens.
     skipped: ClassVar[None] = None

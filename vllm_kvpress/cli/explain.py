@@ -113,9 +113,9 @@ def explain(
         step_tokens = _size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
         head_bytes = (full_cache.bytes_per_head, _head_bytes(plan, cache, cells))
         window = WindowPlan.from_policy(policy, block_size)
-        figures = replace(
-            HeadFigures.of(heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens),
-            retention=None if policy.evict is None else plan,
+        retention = None if policy.evict is None else plan
+        figures = HeadFigures.of(
+            heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens, retention
         )
         lengths = (num_prompt, num_output)
         explain_heads(console, policy, heads, figures, head_bytes, lengths)
