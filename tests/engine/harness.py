@@ -268,16 +268,18 @@ class Engine:
         self.scheduler.schedule = watched
 
     def _watch_events(self) -> None:
+        from vllm_kvpress.integration.head_attention import figures_of
         from vllm_kvpress.integration.head_evict import run_runtimes
 
         if getattr(self.runtime, "events", None) is not None:
             self.runtime.events.observer = self._observe
+        figures = figures_of(self.runner.vllm_config)
         for of_run in run_runtimes(self.runner.vllm_config).values():
             for events in of_run.events.runners:
                 heads = {
                     pages.layer_idx: lane.heads
                     for pages in events.layers
-                    for lane in pages.layer.head_groups.layers[pages.layer_idx]
+                    for lane in figures.groups.layers[pages.layer_idx]
                     if lane.run == of_run.run
                 }
                 events.observer = partial(self._observe, heads=heads)
