@@ -7,16 +7,20 @@ variant does not compile, spills registers, needs more than 255 of them, or need
 memory than a block of its architecture can have.
 
 Another Triton is checked by putting it first on PYTHONPATH.
+
+Compiling all of them takes half an hour of a core. With --known FILE those of whose compilation
+FILE has a record are not compiled again: a record's fingerprint is Triton's own key of the kernel's
+source (and of all it calls), the constants, the options, ptxas and the architecture.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import io
-import json
 import multiprocessing
 import os
 import pkgutil
@@ -25,68 +29,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kernel_records import SHARED_KIB, Record, complaints, read_json, table, write_json
 
 if TYPE_CHECKING:
     from vllm_kvpress.kernels.variants import Variant
 
-# Most shared memory of a block, in KiB, by compute capability.
-SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
-MAX_REGISTERS = 255
 PROGRESS = 50  # variants between two signs of life
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
-HEADER = ("op", "variant", "arch", "registers", "spill bytes", "stack", "shared", "seconds")
-
-
-@dataclass(frozen=True)
-class Record:
-    """What became of one variant; bytes where no unit is named.
-
-    Attributes:
-        op: The operation.
-        name: The variant's.
-        architecture: Compute capability.
-        registers: Of a thread.
-        spill_stores: Of registers written to memory for want of registers, over the code.
-        spill_loads: Of registers read back.
-        stack: Of a thread, spills included.
-        shared: Of a block.
-        seconds: What compiling took.
-        error: Why there is no machine code; empty if there is.
-    """
-
-    op: str
-    name: str
-    architecture: int
-    registers: int = 0
-    spill_stores: int = 0
-    spill_loads: int = 0
-    stack: int = 0
-    shared: int = 0
-    seconds: float = 0.0
-    error: str = ""
-
-    def problems(self) -> list[str]:
-        """Returns why this variant may not be shipped; nothing if it may."""
-        if self.error:
-            return [f"does not compile: {self.error}"]
-        found = []
-        if self.spill_stores or self.spill_loads:
-            found.append(
-                f"spills registers: {self.spill_stores} bytes stored, {self.spill_loads} loaded"
-            )
-        if self.registers > MAX_REGISTERS:
-            found.append(f"needs {self.registers} registers; at most {MAX_REGISTERS} exist")
-        limit = SHARED_KIB[self.architecture] * 1024
-        if self.shared > limit:
-            found.append(
-                f"needs {self.shared} bytes of shared memory; sm_{self.architecture} has {limit}"
-            )
-        return found
 
 
 def operations() -> dict[str, str]:
@@ -144,9 +99,8 @@ def aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]]
     return found
 
 
-def compile_variant(op: str, variant: Variant) -> Record:
-    """Returns the record of one variant, compiled now."""
-    import triton
+def prepared(variant: Variant) -> tuple[Any, Any, dict[str, Any]]:
+    """Returns a variant as Triton's compiler takes it: source, target, options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -160,14 +114,39 @@ def compile_variant(op: str, variant: Variant) -> Record:
         constexprs=variant.constants,
         attrs=aligned(signature),
     )
-    target = GPUTarget("cuda", variant.architecture, 32)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     if variant.max_registers is not None:
         options["maxnreg"] = variant.max_registers
+    return source, GPUTarget("cuda", variant.architecture, 32), options
+
+
+def fingerprint(variant: Variant) -> str:
+    """Returns what two variants share only if this Triton makes the same machine code of them."""
+    import triton
+    from triton.compiler import make_backend
+
+    source, target, options = prepared(variant)
+    backend = make_backend(target)
+    parts = (
+        triton.__version__,
+        source.hash(),
+        str(sorted(source.constants.items())),
+        backend.hash(),
+        backend.parse_options(options).hash(),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def compile_variant(op: str, variant: Variant) -> Record:
+    """Returns the record of one variant, compiled now."""
+    import triton
+
     started = time.perf_counter()
     about = {"op": op, "name": variant.name, "architecture": variant.architecture}
     log = io.StringIO()
     try:
+        about["fingerprint"] = fingerprint(variant)
+        source, target, options = prepared(variant)
         # Triton prints what `ptxas -v` says, since TRITON_DUMP_PTXAS_LOG is set.
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(source, target=target, options=options)
@@ -216,123 +195,98 @@ def _compile_numbered(index: int) -> Record:
     return compile_variant(*_queue[index])
 
 
-def check_in_processes(choice: Choice, jobs: int) -> list[Record]:
-    """Returns the records of a choice, in its order, compiled by `jobs` processes."""
-    records = []
+def _is_of(record: Record, variant: Variant) -> bool:
+    return record.fingerprint == fingerprint(variant)
+
+
+def check_in_processes(
+    choice: Choice, jobs: int, known: Mapping[tuple[str, str], Record] | None = None
+) -> tuple[list[Record], int]:
+    """Returns records, in the choice's order, and how many of them are of variants compiled now.
+
+    Args:
+        choice: The variants that are compiled.
+        jobs: Processes that compile.
+        known: Records by operation and variant. The other parts of the choice are recorded, too,
+            and compiled only where these do not have the same fingerprint.
+    """
+    records: list[Record | None] = []
     with fresh_cache():
-        count = len(list(choice.variants()))
+        compiled_anyway = {variant.name for _, variant in choice.variants()}
+        if known is not None:
+            choice = replace(choice, part=(1, 1))
+        for op, variant in choice.variants():
+            record = (known or {}).get((op, variant.name))
+            if record is None or record.name in compiled_anyway or not _is_of(record, variant):
+                record = None
+            records.append(record)
+        places = [place for place, record in enumerate(records) if record is None]
         context = multiprocessing.get_context("spawn")
-        with context.Pool(min(jobs, count) or 1, _prepare, (choice,)) as pool:
-            for record in pool.imap(_compile_numbered, range(count)):
-                records.append(record)
-                if len(records) % PROGRESS == 0:
-                    print(f"compiled {len(records)} of {count}", file=sys.stderr, flush=True)
-    return records
-
-
-def table(records: Sequence[Record]) -> str:
-    """Returns the records as lines of aligned columns."""
-    rows = [HEADER]
-    for one in records:
-        spills = one.spill_stores + one.spill_loads
-        numbers = (one.architecture, one.registers, spills, one.stack, one.shared)
-        rows.append((one.op, one.name, *map(str, numbers), f"{one.seconds:.1f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
-
-
-def complaints(records: Sequence[Record]) -> list[str]:
-    """Returns a line for everything that is wrong with the records."""
-    lines = [f"{one.op}: {one.name}: {text}" for one in records for text in one.problems()]
-    names = Counter(one.name for one in records)
-    lines += [
-        f"{name}: {count} variants have this name" for name, count in names.items() if count > 1
-    ]
-    if not records:
-        lines.append("no variant was chosen, so nothing was checked")
-    return lines
+        with context.Pool(min(jobs, len(places)) or 1, _prepare, (choice,)) as pool:
+            compiled = pool.imap(_compile_numbered, places)
+            for count, (place, record) in enumerate(zip(places, compiled, strict=True), 1):
+                records[place] = record
+                if count % PROGRESS == 0:
+                    print(f"compiled {count} of {len(places)}", file=sys.stderr, flush=True)
+    return [record for record in records if record], len(places)
 
 
 def _part(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
-    if not 1 <= int(part) <= int(parts) <= len(SHARED_KIB):
+    if not 1 <= int(part) <= int(parts):
         raise ValueError
     return int(part), int(parts)
 
 
-def write_json(
-    path: Path, result: dict[str, Any], records: Sequence[Record], ops: Sequence[str] = ()
-) -> None:
-    """Adds what came out under one Triton to a file, a variant a line; replaces what it held.
-
-    Args:
-        path: The file.
-        result: What is said of the run.
-        records: Of its variants.
-        ops: Operations that were compiled whole: what the file holds of others stays.
-    """
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rounded = [asdict(one) | {"seconds": round(one.seconds, 1)} for one in records]
-    known = earlier.get(result["triton"])
-    if ops and known:
-        others = [one for one in known["variants"] if one["op"] not in ops]
-        rounded = sorted([*others, *rounded], key=lambda one: one["op"])
-        problems = [line for line in known["problems"] if line.partition(":")[0] not in ops]
-        rerun = {"command": result["command"], "seconds": result["seconds"]}
-        reruns = [*known.get("reruns", ()), rerun]
-        result = known | {"problems": problems + result["problems"], "reruns": reruns}
-    earlier[result["triton"]] = result | {"variants": rounded}
-    text = json.dumps(earlier, indent=1)
-    flat = re.sub(r"\{\s+(\"op\":[^{}]*?)\s+\}", lambda found: _one_line(found[1]), text)
-    path.write_text(flat + "\n", encoding="utf-8")
-
-
-def _one_line(fields: str) -> str:
-    return "{" + re.sub(r"\s*\n\s*", " ", fields) + "}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compiles the chosen variants, prints what came out, and returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", default=[], help="an operation; may be repeated")
     parser.add_argument(
         "--arch", action="append", default=[], type=int, choices=SHARED_KIB, help="may be repeated"
     )
-    part_help = "K/N, the K-th of N parts: each variant for one of every N architectures"
+    part_help = "K/N, the K-th of N parts: each variant for one of every N architectures, up to 4"
     parser.add_argument("--part", type=_part, default=(1, 1), help=part_help)
+    parser.add_argument(
+        "--known",
+        type=Path,
+        help="file with records: the other parts are compiled, too, unless it has the same code",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument(
         "--json",
         type=Path,
         help="file to which the records are added; of a rerun with --op, those of the operations",
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles the chosen variants, prints what came out, and returns the exit status."""
+    parser = _parser()
     options = parser.parse_args(arguments)
-    known = operations()
+    ops = operations()
     for op in options.op:
-        if op not in known:
-            parser.error(f"--op: got {op!r}; allowed: {', '.join(known)}")
+        if op not in ops:
+            parser.error(f"--op: got {op!r}; allowed: {', '.join(ops)}")
+    if options.known and not options.known.is_file():
+        parser.error(f"--known: no such file: {options.known}")
     if options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}; allowed: 1 or more")
     started = time.perf_counter()
     choice = Choice(tuple(options.op), tuple(options.arch), options.part)
-    records = check_in_processes(choice, options.jobs)
-    seconds = time.perf_counter() - started
     import triton
 
+    known = read_json(options.known, triton.__version__) if options.known else None
+    records, compiled = check_in_processes(choice, options.jobs, known)
+    seconds = time.perf_counter() - started
     lines = complaints(records)
     print(table(records))
     print(
         f"Triton {triton.__version__}: {len(records)} variants of "
-        f"{len({one.op for one in records})} operations in {seconds:.0f} s, {len(lines)} problems"
+        f"{len({one.op for one in records})} operations, {compiled} of them compiled, "
+        f"in {seconds:.0f} s, {len(lines)} problems"
     )
-    if options.part != (1, 1):
+    if options.part != (1, 1) and known is None:
         print("Part {} of {}: each variant for some architectures only.".format(*options.part))
     print(*lines, sep="\n", end="\n" if lines else "")
     if options.json:
@@ -342,10 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "triton": triton.__version__,
             "command": command(sys.argv),
             "part": options.part,
+            "compiled": compiled,
             "seconds": round(seconds, 1),
             "problems": lines,
         }
-        is_whole = not options.arch and options.part == (1, 1)
+        is_whole = not options.arch and (options.part == (1, 1) or known is not None)
         write_json(options.json, result, records, options.op if is_whole else ())
     return 1 if lines else 0
 

@@ -50,20 +50,20 @@ def python(*arguments, triton=OF_CUDA, **variables):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("triton", "part"),
+    ("triton", "choice"),
     [
-        # Every variant for every architecture, under one of the two releases.
-        pytest.param(OF_CUDA, "1/2", id=f"{OF_CUDA}-half"),
-        pytest.param(OLDER, "2/2", id=f"{OLDER}-half"),
-        pytest.param(OF_CUDA, "1/1", id=f"{OF_CUDA}-all", marks=pytest.mark.full),
-        pytest.param(OLDER, "1/1", id=f"{OLDER}-all", marks=pytest.mark.full),
-        pytest.param(INSTALLED, "1/1", id="installed-all", marks=pytest.mark.full),
+        # What the record does not have of exactly this code, and a share of what it has.
+        pytest.param(OF_CUDA, ("--known", RECORD, "--part", "1/16"), id=OF_CUDA),
+        pytest.param(OLDER, ("--known", RECORD, "--part", "9/16"), id=OLDER),
+        pytest.param(OF_CUDA, (), id=f"{OF_CUDA}-anew", marks=pytest.mark.full),
+        pytest.param(OLDER, (), id=f"{OLDER}-anew", marks=pytest.mark.full),
+        pytest.param(INSTALLED, (), id="installed-anew", marks=pytest.mark.full),
     ],
 )
-def test_every_kernel_compiles_without_spilling(triton, part, tmp_path):
+def test_every_kernel_compiles_without_spilling(triton, choice, tmp_path):
     report = tmp_path / "report.json"
 
-    done = python(SCRIPT, "--json", report, "--part", part, triton=triton)
+    done = python(SCRIPT, "--json", report, *choice, triton=triton)
 
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     result = json.loads(report.read_text())[triton]
@@ -74,6 +74,79 @@ def test_every_kernel_compiles_without_spilling(triton, part, tmp_path):
     ops = {path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")}
     assert {"physical_tables", "window_scores"} <= ops
     assert compiled == {(op, architecture) for op in ops for architecture in ARCHITECTURES}
+
+
+def test_the_same_code_is_not_compiled_twice(tmp_path):
+    first, again, changed = (tmp_path / f"{name}.json" for name in ("first", "again", "changed"))
+    only = ("--op", "physical_tables")
+
+    assert python(SCRIPT, *only, "--json", first).returncode == 0
+    recorded = json.loads(first.read_text())
+    taken = python(SCRIPT, *only, "--known", first, "--part", "1/16", "--json", again)
+    recorded[OF_CUDA]["variants"][-1]["fingerprint"] = "of other code"
+    changed.write_text(json.dumps(recorded))
+    renewed = python(SCRIPT, *only, "--known", changed, "--part", "1/16", "--json", changed)
+    elsewhere = python(SCRIPT, *only, "--known", first, "--part", "1/16", triton=OLDER)
+
+    assert "16 variants of 1 operations, 1 of them compiled" in taken.stdout
+    assert "16 variants of 1 operations, 2 of them compiled" in renewed.stdout
+    assert "16 variants of 1 operations, 16 of them compiled" in elsewhere.stdout
+    for report in (again, changed):
+        assert recorded_code(report) == recorded_code(first)
+
+
+def recorded_code(path):
+    """What was recorded but for how long it took."""
+    variants = json.loads(path.read_text())[OF_CUDA]["variants"]
+    return [{key: one[key] for key in one if key != "seconds"} for one in variants]
+
+
+KERNEL = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+
+import triton
+import triton.language as tl
+from compile_kernels import fingerprint
+from vllm_kvpress.kernels.variants import Variant
+
+
+@triton.jit
+def scaled(numbers):
+    return numbers * 2
+
+
+@triton.jit
+def kernel(out, SIZE: tl.constexpr):
+    tl.store(out + tl.arange(0, SIZE), scaled(tl.arange(0, SIZE)))
+
+
+print(fingerprint(Variant("name", kernel, {{"out": "*fp32"}}, {{"SIZE": 32}}, 4, 1, 80)))
+"""
+
+
+@pytest.mark.parametrize("triton", [OF_CUDA, OLDER])
+def test_a_fingerprint_is_of_everything_that_is_compiled(triton, tmp_path):
+    changes = [
+        ("", ""),
+        ("numbers * 2", "numbers * 3"),  # what the kernel calls
+        ('"*fp32"', '"*fp16"'),
+        ("32}", "64}"),
+        ("4, 1, 80", "8, 1, 80"),
+        ("4, 1, 80", "4, 2, 80"),
+        ("4, 1, 80", "4, 1, 90"),
+        ("4, 1, 80", "4, 1, 80, 128"),
+        ('"name"', '"another name"'),
+    ]
+    seen = []
+    for number, (old, new) in enumerate(changes):
+        path = tmp_path / f"kernel_{number}.py"
+        path.write_text(KERNEL.replace(old, new))
+        seen.append(python(path, triton=triton).stdout.strip())
+
+    assert all(seen)
+    assert seen[-1] == seen[0]
+    assert len(set(seen)) == len(changes) - 1
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -104,6 +177,7 @@ def test_the_recorded_table_is_whole_and_without_problems(triton):
     recorded = json.loads(RECORD.read_text())[triton]
 
     assert recorded["problems"] == []
+    assert all(one["fingerprint"] for one in recorded["variants"])
     assert {(one["op"], one["name"]) for one in recorded["variants"]} == {
         (op, variant.name) for op, variant in compile_kernels.Choice().variants()
     }
@@ -199,7 +273,7 @@ import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import compile_kernels
 records = [compile_kernels.Record("demo", "large", 80, registers=32, shared=163 * 1024 + LESS)]
-compile_kernels.check_in_processes = lambda *arguments: records
+compile_kernels.check_in_processes = lambda *arguments: (records, 1)
 sys.exit(compile_kernels.main(["--jobs", "1"]))
 """
 
@@ -208,7 +282,7 @@ sys.exit(compile_kernels.main(["--jobs", "1"]))
 
     assert (bad.returncode, good.returncode) == (1, 0)
     assert "needs 166913 bytes of shared memory; sm_80 has 166912" in bad.stdout
-    assert "1 variants of 1 operations" in good.stdout
+    assert "1 variants of 1 operations, 1 of them compiled" in good.stdout
 
 
 def test_one_operation_and_one_architecture_can_be_chosen(tmp_path):
@@ -242,11 +316,13 @@ def test_a_rerun_of_an_operation_keeps_the_records_of_others(tmp_path):
     assert (found["command"], found["reruns"]) == ("all", [{"command": "a alone", "seconds": 1.0}])
 
 
-def test_unknown_operations_and_the_interpreter_are_refused():
+def test_unknown_operations_and_files_and_the_interpreter_are_refused():
     unknown = python(SCRIPT, "--op", "physical")
+    missing = python(SCRIPT, "--known", "none.json")
     interpreted = python(SCRIPT, "--op", "physical_tables", TRITON_INTERPRET="1")
 
-    assert unknown.returncode == 2
+    assert (unknown.returncode, missing.returncode) == (2, 2)
+    assert "--known: no such file: none.json" in missing.stderr
     assert "--op: got 'physical'; allowed: " in unknown.stderr
     assert interpreted.returncode != 0
     assert "TRITON_INTERPRET is set" in interpreted.stderr
