@@ -57,7 +57,10 @@ TABLE = {
     "head_rules": (set(), {f"{OURS}.errors"}),
     "layout": ({"numpy"}, {f"{OURS}.errors"}),
     "conflict_table": (set(), {f"{OURS}.errors"}),
-    "policies": ({"torch", "pydantic"}, {*LEAVES, f"{OURS}.layout", f"{OURS}.policies"}),
+    "policies": (
+        {"torch", "pydantic"},
+        {*LEAVES, f"{OURS}.layout", f"{OURS}.kernels.window_scores", f"{OURS}.policies"},
+    ),
     "kernels": ({"torch", "triton"}, {f"{OURS}.kernels"}),
     "cli": (
         {"rich", "yaml", "huggingface_hub"},

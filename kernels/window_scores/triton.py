@@ -19,6 +19,8 @@ LOG2_E = 1.4426950408889634
 # What is checked to compile; for fp8 keys each entry of the table once.
 HEAD_SIZES = (64, 80, 96, 128, 256)
 FP8_HEAD_SIZES = (64, 128, 256)
+# Tokens of a block: the scorer's, which has the keys in a row, and vLLM's.
+BLOCK_SIZES = (1, 16)
 # Tiles and queries that a merging program reads at a time, and tokens of a program that pools.
 MERGE_ROWS, MERGE_QUERIES, POOL_TOKENS = 64, 32, 256
 
@@ -316,25 +318,28 @@ def variants() -> Iterator[Variant]:
     for arch in ARCHITECTURES:
         for size, dtype in POINTERS.items():
             for head_size in HEAD_SIZES:
-                yield from _tile_variants(arch, head_size, size, dtype)
+                for block in BLOCK_SIZES:
+                    yield from _tile_variants(arch, head_size, size, dtype, block)
         yield from _small_variants(arch)
         # On 8.0 there is no conversion from e4m3, nor does vLLM offer an fp8 cache.
         for head_size in FP8_HEAD_SIZES if arch > 80 else ():
-            yield from _tile_variants(arch, head_size, 2, "fp8e4nv")
+            yield from _tile_variants(arch, head_size, 2, "fp8e4nv", BLOCK_SIZES[-1])
 
 
-def _tile_variants(arch: int, head_size: int, size: int, key_dtype: str) -> Iterator[Variant]:
+def _tile_variants(
+    arch: int, head_size: int, size: int, key_dtype: str, block: int
+) -> Iterator[Variant]:
     blocks = blocks_for(arch, size, head_size)
     constants = {
         "HEAD_SIZE": head_size,
         "PADDED": padded(head_size),
-        "BLOCK": 16,
+        "BLOCK": block,
         "TOKENS": blocks.tokens,
         "QUERIES": blocks.queries,
     }
     types = {"query": f"*{POINTERS[size]}", "keys": f"*{key_dtype}"}
     for kernel in (sum_tiles, mean_attention):
-        name = f"{kernel.__name__} sm_{arch} keys {key_dtype} head {head_size}"
+        name = f"{kernel.__name__} sm_{arch} keys {key_dtype} head {head_size} blocks of {block}"
         yield _variant(name, kernel, types, constants, blocks.num_warps, blocks.num_stages, arch)
 
 

@@ -18,7 +18,7 @@ __all__ = ["run_by_kernel"]
 def run_by_kernel(monkeypatch: Any) -> Counter[str]:
     """Makes engines of this process run packed stores by kernel; returns counts of the launches."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-    from vllm_kvpress.kernels import compact, paged_attention, quantize_on_write
+    from vllm_kvpress.kernels import compact, paged_attention, quantize_on_write, window_scores
 
     from vllm_kvpress.integration import kernel_form, worker
 
@@ -26,7 +26,7 @@ def run_by_kernel(monkeypatch: Any) -> Counter[str]:
     monkeypatch.setattr(CPUAttentionBackendImpl, "do_kv_cache_update", write_rows)
     monkeypatch.setattr(CPUAttentionBackendImpl, "forward", attend_rows)
     monkeypatch.setattr(worker, "packed_runner", lambda device: kernel_form.KernelEventRunner)
-    for package in (compact, quantize_on_write):
+    for package in (compact, quantize_on_write, window_scores):
         name = package.__name__.rpartition(".")[2]
         launch = counted(launches, name, package)
         monkeypatch.setattr(package.reference, name, launch)

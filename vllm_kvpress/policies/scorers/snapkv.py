@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
-from torch.nn import functional
 
 from vllm_kvpress.errors import ScoreError
+from vllm_kvpress.kernels.window_scores import window_scores
 from vllm_kvpress.policies.observation import LayerObservation
 from vllm_kvpress.policies.scorer import Scorer
 from vllm_kvpress.policies.scorers.params import STRICT
@@ -57,44 +57,24 @@ class SnapKVScorer(Scorer):
         return self.window
 
     def score(self, observation: LayerObservation) -> torch.Tensor:
-        """Returns the pooled attention; one KV head's [group, window, num_tokens] at a time."""
-        queries = observation.queries
+        """Returns the pooled attention: by kernel on CUDA, in PyTorch on CPU."""
+        queries, keys = observation.queries, observation.keys
         if queries is None:
             raise ScoreError("the scorer 'snapkv' needs queries", got="none")
-        num_kv_heads, num_tokens = observation.num_kv_heads, observation.num_tokens
-        window = min(queries.shape[1], num_tokens)
-        scores = torch.full(
-            (num_kv_heads, num_tokens),
-            float("inf"),
-            dtype=torch.float32,
-            device=observation.keys.device,
+        num_tokens = observation.num_tokens
+        places = torch.arange(num_tokens, dtype=torch.int32, device=keys.device)
+        scores: torch.Tensor = window_scores(
+            _dense(queries.to(keys.dtype)).transpose(0, 1)[None],
+            _dense(keys).transpose(0, 1)[:, None],  # as blocks of one token
+            places[None],
+            torch.full_like(places[:1], num_tokens),
+            observation.scale,
+            pool=self.pooling,
+            pool_size=self.pool,
         )
-        num_rest = num_tokens - window
-        if num_rest == 0:
-            return scores
-        groups = queries[:, -window:].chunk(num_kv_heads)
-        for head, group in enumerate(groups):
-            attention = _window_attention(group, observation.keys[head], observation.scale)
-            pooled = self._pool(attention[..., :num_rest].mean(dim=1))
-            scores[head, :num_rest] = pooled.mean(dim=0)
-        return scores
-
-    def _pool(self, rows: torch.Tensor) -> torch.Tensor:
-        """Pools [group, num_rest] along the tokens, keeping the shape."""
-        if self.pooling == "avg":
-            # Running sums would lose the small scores next to large ones: add shifted rows.
-            padded = functional.pad(rows, (self.pool // 2, self.pool // 2))
-            return padded.unfold(1, self.pool, 1).sum(dim=-1) / self.pool
-        pooled: torch.Tensor = functional.max_pool1d(
-            rows, self.pool, stride=1, padding=self.pool // 2
-        )
-        return pooled
+        return scores[0]
 
 
-def _window_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """Softmax of the last queries over all keys, causal: float32 [group, window, num_tokens]."""
-    window, num_tokens = queries.shape[1], keys.shape[0]
-    logits = (queries.to(torch.float32) * scale) @ keys.to(torch.float32).T
-    causal = torch.ones(window, num_tokens, dtype=torch.bool, device=keys.device)
-    hidden = ~causal.tril(diagonal=num_tokens - window)
-    return logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+def _dense(vectors: torch.Tensor) -> torch.Tensor:
+    """Returns vectors whose elements lie side by side."""
+    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
