@@ -19,7 +19,7 @@ from typing import Any
 from records import REPOSITORY, RESULTS, Record, read_record
 
 from vllm_kvpress.evaluation.estimates import SURE
-from vllm_kvpress.evaluation.grid import FLOOR
+from vllm_kvpress.evaluation.grid import FLOOR, ratio_text
 from vllm_kvpress.evaluation.grid import FULL as EVAL_FULL
 from vllm_kvpress.evaluation.items import num_prompts
 from vllm_kvpress.evaluation.records import Results, by_cell, read_results
@@ -132,7 +132,7 @@ def quality_table(results: Results) -> str:
         own = [r for r in records if (r["policy"], r["keep_ratio"]) == variant]
         found = {(r["task"], r["length"]): r for r in own}
         shares = [s for r in own if (s := memory_share(records, r)) is not None]
-        row = [label(variant[0]), f"{variant[1]:g}"]
+        row = [label(variant[0]), ratio_text(variant[1])]
         row += [percentage(found.get(cell), doubtful) for cell in cells]
         rows.append([*row, f"{100 * statistics.fmean(shares):.0f}"])
     header = ["policy", "kept", *(f"{task}, {length}" for task, length in cells), "memory, %"]
@@ -152,7 +152,7 @@ def codec_quality_table(results: Results) -> str:
     diverges = records[-1]["settings"].get("divergence", False)
     for record in cell:
         held = memory_share(records, record)
-        rows.append([label(record["policy"]), f"{record['keep_ratio']:g}"])
+        rows.append([label(record["policy"]), ratio_text(record["keep_ratio"])])
         rows[-1] += [f"{100 * record['accuracy']:.1f}", difference(cell, record, EVAL_FULL)]
         rows[-1] += divergence_cells(record) if diverges else ()
         rows[-1].append("-" if held is None else f"{100 * held:.0f}")

@@ -48,6 +48,18 @@ def test_a_ratio_of_a_head_plan_is_its_share_of_retrieval_heads(tmp_path):
     assert load_policy(variants[3].source) == asked
 
 
+def test_a_policy_that_has_no_ratio_is_measured_once_as_it_stands(tmp_path):
+    window, file = "streaming_llm:prefill=windowed,tokens=512", tmp_path / "labels.yaml"
+    file.write_text("heads: {plan: inline, labels: ['10', '00']}\n")
+    policies = grid.parse_policies(f"{window},{file}")
+
+    variants = grid.make_variants(policies, [0.5, 0.25])[3:]
+
+    assert [(v.title, v.keep_ratio) for v in variants] == [(window, None), (str(file), None)]
+    assert load_policy(variants[0].source).evict == load_policy(window).evict
+    assert load_policy(variants[1].source) == load_policy(file)
+
+
 def test_a_head_plan_without_its_file_and_a_ratio_of_0_without_head_plan_are_refused():
     with pytest.raises(ConfigError, match=r"heads\.file is missing"):
         grid.parse_policies("razor")

@@ -86,6 +86,18 @@ def test_report_command_makes_table_and_plots_anew(tmp_path, records, capsys):
     assert "![pareto](pareto.png)" in (tmp_path / "report.md").read_text()
 
 
+def test_a_policy_without_a_ratio_is_shown_with_a_dash(tmp_path, records, record):
+    pytest.importorskip("matplotlib")
+    for one in records:
+        own = record("windowed", "1" * 10, length=one["length"], keep_ratio=0.5)
+        for made in (one, {**own, "keep_ratio": None}):
+            append_record(tmp_path, made)
+
+    assert main(["report", str(tmp_path)]) == 0
+
+    assert "| `windowed` | - | 100.0" in (tmp_path / "report.md").read_text()
+
+
 def test_without_needles_there_is_no_heat_map(tmp_path, record, capsys):
     pytest.importorskip("matplotlib")
     for one in (record("full", "11", 1.0, task="copy"), record("random", "01", task="copy")):

@@ -29,6 +29,7 @@ __all__ = [
     "parse_policies",
     "parse_ratios",
     "parse_tasks",
+    "ratio_text",
 ]
 
 FULL = "full"
@@ -43,18 +44,21 @@ class Variant:
     Attributes:
         policy: The policy as the user wrote it; `full` for stock vLLM.
         keep_ratio: Share of the prompt that is kept; under a head plan without eviction, of the KV
-            heads that keep every token; 1 for what drops nothing.
+            heads that keep every token; 1 for what drops nothing; None for a policy that has no
+            ratio, which is measured as it stands.
         source: What `LLM(kv_policy=...)` takes; None for the full cache.
     """
 
     policy: str
-    keep_ratio: float
+    keep_ratio: float | None
     source: dict[str, Any] | None
 
     @property
     def title(self) -> str:
         """The variant in words."""
-        return self.policy if self.source is None else f"{self.policy} at {self.keep_ratio:g}"
+        if self.source is None or self.keep_ratio is None:
+            return self.policy
+        return f"{self.policy} at {self.keep_ratio:g}"
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def parse_policies(text: str) -> list[str]:
 
 
 def make_variants(policies: Sequence[str], keep_ratios: Sequence[float]) -> list[Variant]:
-    """Return the engines to start: every policy at every ratio; once what drops nothing.
+    """Return the engines to start: every policy at every ratio; once what has none.
 
     Raises:
         ConfigError: A ratio is 0, and no policy is a head plan.
@@ -134,6 +138,9 @@ def make_variants(policies: Sequence[str], keep_ratios: Sequence[float]) -> list
         loaded = _load(policy)
         if loaded.evict is None and loaded.heads.plan == "all":
             variants.append(Variant(policy, 1.0, loaded.to_json()))
+            continue
+        if _has_no_ratio(loaded):
+            variants.append(Variant(policy, None, _source(policy)))
             continue
         # Without any retrieval head a window is left; without any token nothing is.
         ratios = [ratio for ratio in keep_ratios if ratio > 0 or loaded.evict is None]
@@ -223,11 +230,32 @@ def _load(source: str) -> Policy:
     return policy
 
 
+def _has_no_ratio(policy: Policy) -> bool:
+    """Whether a share of the prompt, or of the heads, says nothing of a policy.
+
+    A window that holds in the prompt, too, is one of tokens; labels name the heads themselves.
+    """
+    if policy.evict is None:
+        return policy.heads.plan == "inline"
+    return resolve(policy).selects == "streaming"
+
+
+def ratio_text(keep_ratio: float | None) -> str:
+    """Return a keep ratio as tables show it; a dash for a policy that has none."""
+    return "-" if keep_ratio is None else f"{keep_ratio:g}"
+
+
+def _source(policy: str) -> dict[str, Any]:
+    """Return a policy in full, named by its file if it comes from one."""
+    data = _load(policy).to_json()
+    if Path(policy).suffix in (".yaml", ".yml"):
+        data["name"] = Path(policy).stem
+    return data
+
+
 def _at_ratio(source: str, keep_ratio: float) -> dict[str, Any]:
     """Return a policy with another budget, or number of retrieval heads, checked."""
-    data = _load(source).to_json()
-    if Path(source).suffix in (".yaml", ".yml"):
-        data["name"] = Path(source).stem
+    data = _source(source)
     if "evict" in data:
         data["evict"]["budget"] = {"name": "uniform", "keep_ratio": keep_ratio}
     else:

@@ -9,13 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from vllm_kvpress.errors import KVPressError
-from vllm_kvpress.evaluation.grid import FLOOR, FULL
+from vllm_kvpress.evaluation.grid import FLOOR, FULL, ratio_text
 from vllm_kvpress.evaluation.records import Record, Results, by_cell
 from vllm_kvpress.evaluation.tables import memory_share
 
 __all__ = ["check_matplotlib", "write_plots"]
 
-_Variant = tuple[str, float]
+_Variant = tuple[str, float | None]
 
 
 def check_matplotlib() -> None:
@@ -155,7 +155,7 @@ def _draw_pareto(pyplot: Any, records: Sequence[Record]) -> Any:
         axis.scatter(*zip(*own, strict=True), marker=marker, label=policy)
     for variant, (memory, accuracy) in points.items():
         if variant[0] != FULL:
-            axis.annotate(f"{variant[1]:g}", (memory, accuracy), fontsize=7, alpha=0.7)
+            axis.annotate(ratio_text(variant[1]), (memory, accuracy), fontsize=7, alpha=0.7)
     front = pareto_front(list(points.values()))
     axis.step(*zip(*front, strict=True), where="post", color="black", alpha=0.5, label="front")
     axis.set_xlabel("memory of a request, share of full cache")
@@ -193,7 +193,10 @@ def _variants(records: Sequence[Record]) -> list[_Variant]:
 
 
 def _label(variant: _Variant) -> str:
-    return "full cache" if variant[0] == FULL else f"{variant[0]}, {variant[1]:g}"
+    policy, ratio = variant
+    if policy == FULL:
+        return "full cache"
+    return policy if ratio is None else f"{policy}, {ratio:g}"
 
 
 _PLOTS: dict[str, Callable[[Any, Sequence[Record]], Any]] = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_kvpress.evaluation.estimates import SURE, Estimate, estimate_difference
-from vllm_kvpress.evaluation.grid import FLOOR, FULL
+from vllm_kvpress.evaluation.grid import FLOOR, FULL, ratio_text
 from vllm_kvpress.evaluation.items import num_prompts
 from vllm_kvpress.evaluation.records import Record, Results, by_cell
 
@@ -141,7 +141,7 @@ def _row(cell: Sequence[Record], record: Record, flagged: bool) -> list[str]:
     time = record["time"]
     return [
         "full cache" if record["policy"] == FULL else f"`{record['policy']}`",
-        f"{record['keep_ratio']:g}",
+        ratio_text(record["keep_ratio"]),
         f"{100 * record['accuracy']:.1f} ± {error:.1f}{_MARK if flagged else ''}",
         difference(cell, record, FULL),
         difference(cell, record, FLOOR),
