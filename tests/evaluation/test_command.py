@@ -1,12 +1,15 @@
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vllm_kvpress.cli import main
+from vllm_kvpress.evaluation.grid import Settings
+from vllm_kvpress.evaluation.records import append_record, versions
 from vllm_kvpress.testbed.documents import TASKS
 
 WRONG = [
@@ -110,6 +113,20 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
     assert raised.value.code == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on from here\n"
+
+
+def test_a_command_whose_cells_are_all_measured_reports_them_not_the_newest(
+    tmp_path, monkeypatch, record
+):
+    monkeypatch.setattr("vllm_kvpress.evaluation.run.run_evaluation", lambda *arguments: None)
+    settings = Settings("testbed", 2, 0, (), versions())
+    for limit in (2, 3):
+        own = replace(settings, limit=limit).to_json()
+        append_record(tmp_path, record("full", "1" * limit, 1.0, settings=own))
+
+    main(["eval", "--model", "testbed", "--limit", "2", "--out", str(tmp_path), "--no-plots"])
+
+    assert "2 documents a cell" in (tmp_path / "report.md").read_text()
 
 
 def test_without_vllm_the_command_says_what_to_install(tmp_path, capsys, monkeypatch):

@@ -107,7 +107,7 @@ def _run_eval(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
-    _report(arguments.out, arguments.no_plots, console)
+    _report(arguments.out, arguments.no_plots, console, plan.settings)
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
@@ -165,12 +165,12 @@ def _run_report(arguments: argparse.Namespace) -> None:
     _report(arguments.folder, arguments.no_plots, _console())
 
 
-def _report(folder: Path, no_plots: bool, console: Console) -> None:
+def _report(folder: Path, no_plots: bool, console: Console, settings: Any = None) -> None:
     from vllm_kvpress.evaluation.plots import write_plots
     from vllm_kvpress.evaluation.records import read_results
     from vllm_kvpress.evaluation.tables import floor_lines, write_report
 
-    results = read_results(folder)
+    results = read_results(folder, settings)
     images = [] if no_plots else write_plots(results, folder)
     path = write_report(results, folder, images)
     for line in floor_lines(results.records):

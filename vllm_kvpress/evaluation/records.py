@@ -117,8 +117,12 @@ def read_records(folder: Path) -> list[Record]:
     return records
 
 
-def read_results(folder: Path) -> Results:
-    """Return the newest record of every cell that was measured with the newest settings.
+def read_results(folder: Path, settings: Settings | None = None) -> Results:
+    """Return the newest record of every cell that was measured with the same settings.
+
+    Args:
+        folder: Of an evaluation.
+        settings: Which ones; by default those of the newest record.
 
     Raises:
         ConfigError: There are none.
@@ -129,8 +133,8 @@ def read_results(folder: Path) -> Results:
             f"no results in {shown(str(folder))}",
             allowed=f"a folder with a {FILE_NAME} that `vllm-kvpress eval` wrote",
         )
-    newest = records[-1]["settings"]
-    same = [record for record in records if record["settings"] == newest]
+    wanted = records[-1]["settings"] if settings is None else settings.to_json()
+    same = [record for record in records if record["settings"] == wanted]
     cells = {_place(record): record for record in same}
     return Results(list(cells.values()), len(records) - len(same))
 
