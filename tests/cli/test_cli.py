@@ -69,6 +69,7 @@ def test_check_prints_the_policy_in_full(run, tmp_path):
     assert "name: mine\n" in out
     assert "keep_ratio: 0.5\n" in out
     assert "SnapKVScorer(window=32, pool=5, pooling='avg')" in out
+    assert run("check", "int4")[1].endswith("; its scorer: none, nothing is ranked\n")
 
 
 def test_what_check_prints_of_a_name_is_a_policy_file(run, tmp_path):
@@ -424,7 +425,10 @@ WRONG_WORDS = [
         ["named twice", "Drop --kv-policy"],
     ),
     (["check", "configs/duo.yaml"], ["heads.file is missing", "calibrate-heads"]),
-    (["explain", "razor", "--model", "testbed"], ["heads.file is missing", "razor:file=FILE.tsv"]),
+    (
+        ["explain", "razor", "--model", "testbed"],
+        ["heads.file is missing", "--method razor", "POLICY:file=FILE.tsv"],
+    ),
 ]
 
 

@@ -183,6 +183,7 @@ def test_a_plan_without_its_file_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(ConfigError) as missing:
         check_heads(heads(plan="razor", file=str(tmp_path / "x.tsv"), threshold=0.5))
 
+    assert "in POLICY:file=FILE.tsv" in str(none.value)  # duo-int4 is no duo
     for error in (none, missing):
         assert "vllm-kvpress calibrate-heads --model" in str(error.value)
         assert "\n" not in str(error.value)

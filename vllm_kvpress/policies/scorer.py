@@ -57,6 +57,9 @@ class KeepAll(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset()
     selects: ClassVar[Literal["all"]] = "all"
 
+    def __repr__(self) -> str:
+        return "none, nothing is ranked"
+
     def score(self, observation: LayerObservation) -> torch.Tensor:
         """Never called."""
         raise AssertionError("a policy without evict ranks no tokens")

@@ -104,6 +104,6 @@ def _read(heads: Heads) -> HeadPattern:
             f"heads.file is missing: plan {heads.plan} ranks heads by a pattern file",
             allowed="a path that ends in .tsv",
             fix=f"Make one with `vllm-kvpress calibrate-heads --model MODEL --method {heads.plan} "
-            f"--out FILE.tsv` and give it, as in {heads.plan}:file=FILE.tsv",
+            "--out FILE.tsv` and give it as heads.file, or by name as in POLICY:file=FILE.tsv",
         )
     return read_pattern(Path(heads.pattern_file))
