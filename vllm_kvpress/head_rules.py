@@ -21,21 +21,8 @@ def check_heads_beside(policy: Policy, traits: ScorerTraits) -> None:
     """
     if not policy.heads.splits:
         return
-    if policy.heads.compensation and policy.quantize is not None:
-        raise ConfigError(
-            "heads.compensation does not go with quantize: it adds up keys and values in the "
-            "model's own numbers",
-            got=f"keys: {policy.quantize.keys}, values: {policy.quantize.values}",
-            allowed="quantize: null",
-            fix="Remove one of the two",
-        )
-    if policy.heads.compensation and policy.evict is not None:
-        raise ConfigError(
-            "heads.compensation does not go with evict in this version",
-            got=f"the scorer {shown(policy.evict.scorer.label)}",
-            allowed="a head plan without evict",
-            fix="Set heads.compensation to false, or remove evict",
-        )
+    if policy.heads.compensation:
+        _check_compensation(policy.evict, policy.quantize)
     if policy.evict is not None:
         _check_evicting_heads(policy.evict, policy.quantize, traits)
     quantize = policy.quantize
@@ -52,6 +39,23 @@ def check_heads_beside(policy: Policy, traits: ScorerTraits) -> None:
         )
 
 
+def _check_compensation(evict: Evict | None, quantize: Quantize | None) -> None:
+    """What the token of a streaming head, which stands for the others, takes."""
+    given = {}
+    if quantize is not None:
+        given["quantize"] = f"keys: {quantize.keys}, values: {quantize.values}"
+    if evict is not None:
+        given["evict"] = f"the scorer {shown(evict.scorer.label)}"
+    if given:
+        raise ConfigError(
+            f"heads.compensation does not go with {' and '.join(given)} in this version: it adds "
+            "up keys and values in the model's own numbers",
+            got=", ".join(given.values()),
+            allowed="a head plan with quantize: null and evict: null",
+            fix=f"Set heads.compensation to false, or remove {' and '.join(given)}",
+        )
+
+
 def _check_evicting_heads(evict: Evict, quantize: Quantize | None, traits: ScorerTraits) -> None:
     """What eviction inside the retrieval heads takes."""
     beside = {
@@ -62,13 +66,17 @@ def _check_evicting_heads(evict: Evict, quantize: Quantize | None, traits: Score
             "positions" in traits.needs,
         "evict.when.every_decode_tokens above 0": evict.when.every_decode_tokens > 0,
         "evict.losers: demote": evict.losers != "drop",
-        "evict and quantize at once": quantize is not None,
+        # To demote is to quantize: said once.
+        "evict and quantize at once": quantize is not None and evict.losers == "drop",
     }  # fmt: skip
-    for what, given in beside.items():
-        if given:
-            raise ConfigError(
-                f"heads.plan does not go with {what} in this version",
-                allowed="a scorer that ranks each head's tokens by keys, values, queries, once, at "
-                "the prompt's end, over the model's own dtype",
-                fix="Change it, or set heads.plan to all",
-            )
+    found = [what for what, given in beside.items() if given]
+    if found:
+        raise ConfigError(
+            f"heads.plan does not go with {'; nor with '.join(found)}",
+            got=f"the scorer {shown(evict.scorer.label)}, every_decode_tokens: "
+            f"{evict.when.every_decode_tokens}, losers: {evict.losers}"
+            + ("" if quantize is None else f", keys: {quantize.keys}, values: {quantize.values}"),
+            allowed="in this version a scorer that ranks each head's tokens by keys, values, "
+            "queries, once, at the prompt's end, over the model's own dtype",
+            fix="Change that, or set heads.plan to all",
+        )

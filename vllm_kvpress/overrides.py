@@ -50,7 +50,7 @@ def expand_base(data: dict[str, Any]) -> dict[str, Any]:
     The base's own name is left out: the result is another policy. Some places are not merged key by
     key: in `evict.budget`, `tokens` and `keep_ratio` replace each other, as in `heads`
     `retrieval_ratio` and `threshold` do; an `evict.scorer` of another name or path replaces the
-    base's with all its parameters.
+    base's with all its parameters, as `heads` of a plan that ranks no heads (`all`, `inline`) do.
 
     Raises:
         ConfigError: `base` is not a known policy's name.
@@ -110,7 +110,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[s
         field = f"{path}.{key}" if path else key
         old: Any = merged.get(key)
         both_mappings = isinstance(value, dict) and isinstance(old, dict)
-        if not both_mappings or (field == "evict.scorer" and _is_other_scorer(old, value)):
+        if not both_mappings or _replaces(field, old, value):
             merged[key] = value
             continue
         either = _EITHER.get(field, set())
@@ -120,8 +120,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[s
     return merged
 
 
-def _is_other_scorer(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    return any(key in new and new[key] != old.get(key) for key in ("name", "path"))
+def _replaces(field: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a part takes nothing of the base's: what it names has other options."""
+    if field == "heads":
+        return new.get("plan") in ("all", "inline")
+    is_scorer = field == "evict.scorer"
+    return is_scorer and any(key in new and new[key] != old.get(key) for key in ("name", "path"))
 
 
 def _scalar(text: str) -> str | int | float | bool:

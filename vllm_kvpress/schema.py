@@ -182,18 +182,23 @@ class Codecs(Part):
 
     @model_validator(mode="after")
     def _check_codecs(self) -> "Codecs":
-        both, where = f"keys: {self.keys}, values: {self.values}", self._where()
+        if "fp8" in (self.keys, self.values):
+            return self  # all that does not go with fp8 is told at once, by `Quantize`
+        where = self._where()
+        wrong = {}
         if self.group != "head" and not {self.keys, self.values} & set(PER_TOKEN):
-            raise ConfigError(
-                f"{where}.group is for int8 and int4", got=both, fix=f"Remove {where}.group"
-            )
+            wrong[f"{where}.group"] = f"{where}.group is for int8 and int4"
         rotated = {"none": [], "keys": [self.keys], "both": [self.keys, self.values]}[self.rotate]
         if not set(rotated) <= set(PER_TOKEN):
+            what = f"{where}.rotate: {self.rotate} rotates what has no scale per token"
+            wrong[f"{where}.rotate"] = what
+        if wrong:
             raise ConfigError(
-                f"{where}.rotate: {self.rotate} rotates what has no scale per token",
-                got=both,
-                allowed="int8 or int4 for all that is rotated",
-                fix=f"Remove {where}.rotate: channel groups and exact numbers gain nothing by it",
+                ", and ".join(wrong.values()),
+                got=f"keys: {self.keys}, values: {self.values}",
+                allowed="int8 or int4 for all that is rotated, and for one that has a group",
+                fix=f"Remove {' and '.join(wrong)} (group: head, rotate: none over a base): "
+                "channel groups and exact numbers gain nothing by it",
             )
         return self
 
@@ -249,16 +254,18 @@ class Quantize(Codecs):
                 fix="fp8 is the dtype of vLLM's whole cache: use int8 for the other side",
             )  # fmt: skip
         given = {
-            name
-            for name, field in type(self).model_fields.items()
+            name: {None: "null", False: "false"}.get(field.default, field.default)
+            for name, field in sorted(type(self).model_fields.items())
             if name not in ("keys", "values", "losers") and getattr(self, name) != field.default
         }
         if self.is_fp8 and given:
+            defaults = ", ".join(f"{name}: {default}" for name, default in given.items())
             raise ConfigError(
                 "quantize has options that do not go with fp8",
-                got=", ".join(sorted(given)),
+                got=", ".join(given),
                 allowed="keys, values",
-                fix="Remove them: fp8 is the engine's own cache, without groups or a residual",
+                fix=f"Remove them, or set {defaults}: fp8 is the engine's own cache, without "
+                "groups or a residual",
             )
         return self
 
@@ -353,7 +360,9 @@ class Heads(Part):
                 f"heads has options that do not go with plan: {self.plan}",
                 got=", ".join(sorted(given - allowed)),
                 allowed=", ".join(sorted(allowed)) or "none",
-                fix="Remove them",
+                fix="Set heads.retrieval_ratio in its place"
+                if given - allowed == {"threshold"} and "retrieval_ratio" in allowed
+                else "Remove them",
             )
 
     def _check_labels(self, labels: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_kvpress.config import Policy, known_policies, load_policy
+from vllm_kvpress.config import Heads, Policy, known_policies, load_policy
 from vllm_kvpress.errors import ConfigError, shown
 from vllm_kvpress.policies import resolve
 
@@ -241,6 +241,15 @@ WRONG = [
         ["quantize.group", "int8 and int4"],
     ),
     (
+        {"quantize": {"keys": "kivi2", "values": "kivi2", "group": 32, "rotate": "both"}},
+        ["quantize.group is for int8 and int4, and quantize.rotate: both", "group and quantize.ro"],
+    ),
+    (
+        "duo-int4:keys=fp8,values=fp8",
+        ["do not go with fp8; got group, rotate;", "or set group: head, rotate: none"],
+    ),
+    ("duo-int4:keys=fp8", ["quantize mixes fp8 with a packed codec"]),
+    (
         {"quantize": {"keys": "kivi2", "values": "int4", "rotate": "keys"}},
         ["quantize.rotate", "int8 or int4"],
     ),
@@ -446,6 +455,26 @@ WRONG_TOGETHER = [
         },
         ["heads.compensation does not go with quantize", "got keys: fp8", "quantize: null"],
     ),
+    # What is wrong at once is told at once.
+    (
+        {"base": "duo-snapkv", "heads": {"compensation": True}, "quantize": PACKED},
+        ["does not go with quantize and evict", "keys: ", "the scorer 'snapkv'"],
+    ),
+    (
+        {
+            **WINDOWED,
+            "evict": {**WINDOWED["evict"], "losers": "demote"},
+            "heads": {"plan": "random", "retrieval_ratio": 0.5},
+        },
+        ["does not go with heads.plan, evict.losers", "got random, demote", "Remove heads.plan, "],
+    ),
+    (
+        {
+            "base": "duo-snapkv",
+            "evict": {"scorer": {"name": "random"}, "when": {"every_decode_tokens": 8}},
+        },
+        ["which reads positions; nor with evict.when", "got the scorer 'random', every_decode"],
+    ),
 ]
 
 
@@ -459,6 +488,15 @@ def test_wrong_combination_gives_one_message(source, words):
     message = str(caught.value)
     assert [word for word in words if word not in message] == []
     assert "\n" not in message
+
+
+def test_a_plan_that_ranks_no_heads_takes_no_options_of_the_base():
+    labels = {"plan": "inline", "labels": ["10", "00"]}
+
+    assert load_policy("duo-int4:plan=all").heads == Heads()
+    assert load_policy({"base": "razor", "heads": labels}).heads.labels == ("10", "00")
+    with pytest.raises(ConfigError, match=r"got threshold.*Set heads\.retrieval_ratio in its"):
+        load_policy("razor:plan=random")
 
 
 def test_losers_are_demoted_to_2_bits_and_the_others_stay_exact_by_default():

@@ -31,14 +31,15 @@ def check_windowed(policy: Policy) -> None:
         "codecs that wait for the prompt's end": ("" if quantize is None else quantize.keys, waits),
         "layers.skip": (list(policy.layers.skip), bool(policy.layers.skip)),
     }
-    for other, (got, given) in beside.items():
-        if given:
-            raise ConfigError(
-                f"{what} does not go with {other}: all heads of all layers keep the window alone",
-                got=str(got),
-                allowed="nothing beside it, or quantize with fp8, int8 or int4",
-                fix=f"Remove {other}, or set prefill: exact",
-            )
+    found = {other: str(got) for other, (got, given) in beside.items() if given}
+    if found:
+        others = ", ".join(found)
+        raise ConfigError(
+            f"{what} does not go with {others}: all heads of all layers keep the window alone",
+            got=", ".join(found.values()),
+            allowed="nothing beside it, or quantize with fp8, int8 or int4",
+            fix=f"Remove {others}, or set prefill: exact",
+        )
 
 
 def all_streaming(policy: Policy, shape: HeadShape) -> Policy:
