@@ -38,8 +38,9 @@ class HeadFigures:
         element_bytes: int,
         step_tokens: int,
         retention: RetentionPlan | None = None,
+        num_ranks: int = 1,
     ) -> HeadFigures:
-        """Returns the figures of a head plan on a single rank.
+        """Returns the figures of a head plan on the first rank.
 
         Args:
             retrieval: [num_layers][num_kv_heads], true for a retrieval head.
@@ -47,13 +48,21 @@ class HeadFigures:
             element_bytes: Of a number in the cache.
             step_tokens: Most tokens of a request that one step computes.
             retention: What retrieval heads keep; None for every token.
+            num_ranks: Ranks of tensor parallelism.
         """
-        groups = group_heads(retrieval, rows=window.rows(element_bytes))
+        groups = group_heads(retrieval, num_ranks, rows=window.rows(element_bytes))
         return cls(groups, window, step_tokens, retention)
 
     # A head plan leaves no layer alone, and its streaming heads drop tokens.
     skipped: ClassVar[None] = None
     is_pure: ClassVar[bool] = False
+
+    @property
+    def retrieval_text(self) -> str:
+        """What retrieval heads do, in words."""
+        if self.retention is None:
+            return "keep every token"
+        return "keep the prompt until it ends, then their budget of it"
 
     @property
     def block_size(self) -> int:
@@ -106,6 +115,13 @@ class HeadFigures:
         """Whether any request of at most this many tokens loses a block."""
         streams = self.groups.runs.streaming and self.window.gap(max_model_len // self.block_size)
         return bool(streams or (self.retention and self.retention.evicts(max_model_len)))
+
+    def keeps_all(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> bool:
+        """Whether one request still holds every block when it has generated so many tokens."""
+        runs = self.groups.runs
+        pages = -(-(num_prompt_tokens + num_output_tokens) // self.block_size)
+        held = self.steady_blocks(num_prompt_tokens, num_output_tokens)
+        return held >= (runs.retrieval + runs.streaming) * pages
 
     def requests_at_once(
         self, num_blocks: int, num_prompt_tokens: int, num_output_tokens: int = 1

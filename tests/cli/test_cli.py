@@ -292,6 +292,47 @@ def test_explain_counts_heads_that_evict_beside_heads_that_stream(run):
     assert re.search(rf"memory while it generates +12.8 MiB +{held:.1f} MiB", out)
     assert "in which heads" in out
     assert "Retrieval heads hold the whole prompt until it ends" in out
+    assert "4 of 16 KV heads keep the prompt until it ends, then their budget of it, the" in out
+    assert "every token" not in out
+
+    none = run("explain", "duo-snapkv:plan=random,retrieval_ratio=0", *words)[1]
+    assert "Retrieval heads hold" not in none
+
+
+def test_explain_counts_a_head_plan_on_each_rank(run, tmp_path):
+    """Rank 1 has all retrieval heads: rank 0 promotes as many."""
+    file = tmp_path / "labels.yaml"
+    file.write_text("heads: {plan: inline, labels: ['0011', '0011', '0000', '0000']}\n")
+    words = ("explain", str(file), "--model", "testbed", "--prompt-tokens", "3000")
+
+    code, out, _ = run(*words, "--", "-tp", "2")
+    wrong, _, err = run(*words, "--", "--tensor-parallel-size", "3")
+
+    assert code == 0
+    assert "on each of 2 ranks" in out
+    assert "4 more keep every token, so that ranks" in out
+    assert "as layer.head of the first rank: 0.0, 0.1, 1.0, 1.1" in out
+    # All heads of the rank would hold 8 of 16; 4 of its 8 keep every token.
+    assert figures(out, "bytes per further token") == [8 * 256, 4 * 256]
+    assert (wrong, err.count("\n")) == (2, 1)
+    assert "--tensor-parallel-size does not divide the model's heads; got 3" in err
+
+
+def test_explain_of_a_prompt_within_the_window_of_all_heads(run):
+    words = ("explain", "streaming_llm:prefill=windowed", "--model", "testbed")
+
+    assert "within the window: nothing of it is evicted" in run(*words, "--prompt-tokens", "700")[1]
+    assert "longer prompts fit, too" in run(*words, "--prompt-tokens", "1400")[1]
+
+
+def test_a_size_that_is_given_twice_is_one_line(run):
+    words = ("explain", "snapkv", "--model", "testbed", "--block-size", "32", "--")
+
+    code, _, err = run(*words, "--block-size", "16")
+
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--block-size is given twice; got 32, and 16 after --" in err
+    assert run(*words, "--block-size", "32")[0] == 0
 
 
 def test_explain_names_the_heads_that_are_promoted(run):

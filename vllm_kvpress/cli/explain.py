@@ -73,6 +73,13 @@ def explain(
             got=f"{shown(policy_source)}, and --kv-policy after --",
             fix="Drop --kv-policy",
         )
+    for name, given in (("block-size", block_size), ("max-model-len", max_model_len)):
+        if given is not None and _size_option(options, name) not in (None, given):
+            raise ConfigError(
+                f"--{name} is given twice",
+                got=f"{given}, and {options[name]} after --",
+                fix="Give it once",
+            )
     if block_size is not None:
         options["block-size"] = str(block_size)  # refused alike, wherever it was given
     block_size = block_size or _size_option(options, "block-size") or _BLOCK_SIZE
@@ -114,11 +121,12 @@ def explain(
         head_bytes = (full_cache.bytes_per_head, _head_bytes(plan, cache, cells))
         window = WindowPlan.from_policy(policy, block_size)
         retention = None if policy.evict is None else plan
+        num_ranks = _ranks(options, model_shape)
         figures = HeadFigures.of(
-            heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens, retention
+            heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens, retention, num_ranks
         )
         lengths = (num_prompt, num_output)
-        explain_heads(console, policy, heads, figures, head_bytes, lengths)
+        explain_heads(console, policy, heads, figures, head_bytes, lengths, num_ranks)
         _report_conflicts(console, options)
         return
     console.print(
@@ -129,6 +137,20 @@ def explain(
     console.print(_blocks_table(plan, page_bytes, model_shape, num_prompt, num_output, cells))
     console.print(_advice(plan, num_prompt, num_output) + "\n", soft_wrap=True)
     _report_conflicts(console, options)
+
+
+def _ranks(options: dict[str, str], shape: ModelShape) -> int:
+    """Ranks of tensor parallelism, each with some of the heads, as vLLM takes them."""
+    num_ranks = _size_option(options, "tensor-parallel-size") or 1
+    fewer, more = sorted((num_ranks, shape.num_kv_heads))
+    if shape.num_heads % num_ranks or more % fewer:
+        raise ConfigError(
+            "--tensor-parallel-size does not divide the model's heads",
+            got=str(num_ranks),
+            allowed=f"a divisor of {shape.num_heads} heads that divides {shape.num_kv_heads} KV "
+            "heads, or is a multiple of them",
+        )
+    return num_ranks
 
 
 def _check_all_full(shape: ModelShape, what: str) -> None:

@@ -20,8 +20,9 @@ def explain_heads(
     figures: HeadFigures,
     head_bytes: tuple[int, int],
     lengths: tuple[int, int],
+    num_ranks: int,
 ) -> None:
-    """Prints a head plan on one rank and its figures for one request.
+    """Prints a head plan and its figures for one request on one rank.
 
     Args:
         console: Where to print.
@@ -30,14 +31,16 @@ def explain_heads(
         figures: What requests then hold.
         head_bytes: Bytes of a token in one KV head, without the policy and with it.
         lengths: Prompt and generated tokens.
+        num_ranks: Ranks of tensor parallelism.
     """
     groups = figures.groups
-    _print_labels(console, policy, heads)
+    _print_labels(console, policy, heads, figures.retrieval_text)
     promoted = ", ".join(f"{layer}.{head}" for layer, head in groups.promoted)
     if promoted:
         console.print(
-            f"{len(groups.promoted)} more keep every token, so that blocks need less padding; as "
-            f"layer.head: {promoted}",
+            f"{len(groups.promoted)} more {figures.retrieval_text}, so that "
+            + ("blocks need less padding" if num_ranks == 1 else "ranks and blocks are alike")
+            + f"; as layer.head{'' if num_ranks == 1 else ' of the first rank'}: {promoted}",
             soft_wrap=True,
         )
     console.print(
@@ -49,14 +52,17 @@ def explain_heads(
     num_prompt, num_output = lengths
     console.print(
         f"\n[bold]One request of {num_prompt} prompt and {num_output} generated tokens, block size "
-        f"{figures.block_size}, steps of {figures.step_tokens} tokens[/]",
+        f"{figures.block_size}, steps of {figures.step_tokens} tokens"
+        + (f", on each of {num_ranks} ranks[/]" if num_ranks > 1 else "[/]"),
         soft_wrap=True,
     )
     console.print(_table(figures, head_bytes, num_prompt, num_output))
     advice = (
         "Blocks of streaming heads leave while the prompt is computed: longer prompts fit, too."
     )
-    if figures.retention is not None:
+    if figures.keeps_all(num_prompt, num_output):
+        advice = "Such a request is within the window: nothing of it is evicted."
+    elif figures.retention is not None and groups.runs.retrieval:
         advice += " Retrieval heads hold the whole prompt until it ends, then their budget."
     console.print(advice + "\n", soft_wrap=True)
 
@@ -71,7 +77,7 @@ def heads_text(policy: Policy) -> str:
     return "sinks and a window, in every head and for every query, the prompt's own included"
 
 
-def _print_labels(console: Console, policy: Policy, heads: HeadPlan) -> None:
+def _print_labels(console: Console, policy: Policy, heads: HeadPlan, retrieval: str) -> None:
     window = (
         f"the first {policy.sink_tokens} and the newest {policy.recent_tokens} tokens, in whole "
         "blocks"
@@ -82,8 +88,9 @@ def _print_labels(console: Console, policy: Policy, heads: HeadPlan) -> None:
         console.print(f"\n[bold]Every KV head keeps[/] {window}.", soft_wrap=True)
         return
     console.print(
-        f"\n[bold]{heads.num_retrieval} of {heads.num_heads} KV heads keep every token[/], the "
-        f"others {window}. By layer, 1 = every token:",
+        f"\n[bold]{heads.num_retrieval} of {heads.num_heads} KV heads {retrieval}[/], the "
+        f"others {window}. By layer, 1 = "
+        + ("every token:" if policy.evict is None else "a retrieval head:"),
         soft_wrap=True,
     )
     for layer, row in enumerate(heads.labels):

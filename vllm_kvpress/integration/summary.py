@@ -68,7 +68,7 @@ def log_summary(
 def head_note(figures: HeadFigures) -> str:
     """Returns how many heads keep every token, which were promoted, and how blocks are cut."""
     groups = figures.groups
-    text = f"{groups.num_retrieval} of {groups.num_heads} KV heads keep every token"
+    text = f"{groups.num_retrieval} of {groups.num_heads} KV heads {figures.retrieval_text}"
     if groups.num_retrieval == 0:
         text = "every KV head keeps sinks and a window, in the prompt, too"
     if groups.promoted:
