@@ -8,7 +8,7 @@ from rich.table import Table
 
 from vllm_kvpress.cli.explain_heads import explain_heads, heads_text
 from vllm_kvpress.cli.model_shape import ModelShape, read_model_shape
-from vllm_kvpress.cli.vllm_words import parse_vllm_words
+from vllm_kvpress.cli.vllm_words import ranks_of, read_options, size_option
 from vllm_kvpress.config import Policy, load_policy
 from vllm_kvpress.conflict_table import (
     ALLOWED,
@@ -17,7 +17,7 @@ from vllm_kvpress.conflict_table import (
     refused_options,
 )
 from vllm_kvpress.demoting_plan import DemotingPlan
-from vllm_kvpress.errors import ConfigError, ConflictError, UnsupportedModelError, shown
+from vllm_kvpress.errors import ConfigError, ConflictError, UnsupportedModelError
 from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.layout import (
     DTYPE_BYTES,
@@ -66,24 +66,13 @@ def explain(
     policy = inline_heads(policy, _head_shape(model_shape))
     scorer = resolve(policy)
     heads = resolve_heads(policy.heads, _head_shape(model_shape))
-    options = parse_vllm_words(vllm_words or [])
-    if "kv-policy" in options:
-        raise ConfigError(
-            "the policy is named twice",
-            got=f"{shown(policy_source)}, and --kv-policy after --",
-            fix="Drop --kv-policy",
-        )
-    for name, given in (("block-size", block_size), ("max-model-len", max_model_len)):
-        if given is not None and _size_option(options, name) not in (None, given):
-            raise ConfigError(
-                f"--{name} is given twice",
-                got=f"{given}, and {options[name]} after --",
-                fix="Give it once",
-            )
+    options = read_options(
+        policy_source, vllm_words or [], {"block-size": block_size, "max-model-len": max_model_len}
+    )
     if block_size is not None:
         options["block-size"] = str(block_size)  # refused alike, wherever it was given
-    block_size = block_size or _size_option(options, "block-size") or _BLOCK_SIZE
-    limit = max_model_len or _size_option(options, "max-model-len") or model_shape.max_tokens
+    block_size = block_size or size_option(options, "block-size") or _BLOCK_SIZE
+    limit = max_model_len or size_option(options, "max-model-len") or model_shape.max_tokens
     full_cache = CacheShape(
         block_size=block_size,
         num_kv_heads=model_shape.num_kv_heads,
@@ -117,11 +106,11 @@ def explain(
     )
     console.print(_kept_table(policy, scorer, plan, cache))
     if policy.heads.splits:
-        step_tokens = _size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
+        step_tokens = size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
         head_bytes = (full_cache.bytes_per_head, _head_bytes(plan, cache, cells))
         window = WindowPlan.from_policy(policy, block_size)
         retention = None if policy.evict is None else plan
-        num_ranks = _ranks(options, model_shape)
+        num_ranks = ranks_of(options, model_shape)
         figures = HeadFigures.of(
             heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens, retention, num_ranks
         )
@@ -137,20 +126,6 @@ def explain(
     console.print(_blocks_table(plan, page_bytes, model_shape, num_prompt, num_output, cells))
     console.print(_advice(plan, num_prompt, num_output) + "\n", soft_wrap=True)
     _report_conflicts(console, options)
-
-
-def _ranks(options: dict[str, str], shape: ModelShape) -> int:
-    """Ranks of tensor parallelism, each with some of the heads, as vLLM takes them."""
-    num_ranks = _size_option(options, "tensor-parallel-size") or 1
-    fewer, more = sorted((num_ranks, shape.num_kv_heads))
-    if shape.num_heads % num_ranks or more % fewer:
-        raise ConfigError(
-            "--tensor-parallel-size does not divide the model's heads",
-            got=str(num_ranks),
-            allowed=f"a divisor of {shape.num_heads} heads that divides {shape.num_kv_heads} KV "
-            "heads, or is a multiple of them",
-        )
-    return num_ranks
 
 
 def _check_all_full(shape: ModelShape, what: str) -> None:
@@ -232,18 +207,6 @@ def _lengths(limit: int, prompt: int | None, output: int | None) -> tuple[int, i
             allowed=f"less than {limit} (--max-model-len)",
         )
     return num_prompt, min(output or _OUTPUT_TOKENS, limit - num_prompt)
-
-
-def _size_option(options: dict[str, str], name: str) -> int | None:
-    """The number that a vLLM option gives; vLLM takes 32k and the like, in thousands or 1024s."""
-    text = options.get(name)
-    if text is None:
-        return None
-    factors = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
-    digits, factor = (text[:-1], factors[text[-1]]) if text[-1:] in factors else (text, 1)
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 10 and int(digits) > 0):
-        raise ConfigError(f"--{name} is not valid", got=shown(text), allowed="an integer above 0")
-    return int(digits) * factor
 
 
 def _describe(shape: ModelShape) -> str:
