@@ -22,7 +22,7 @@ from vllm_kvpress.evaluation.estimates import SURE
 from vllm_kvpress.evaluation.grid import FLOOR, ratio_text
 from vllm_kvpress.evaluation.grid import FULL as EVAL_FULL
 from vllm_kvpress.evaluation.items import num_prompts
-from vllm_kvpress.evaluation.records import Results, by_cell, read_results
+from vllm_kvpress.evaluation.records import Results, by_cell, commands, read_results
 from vllm_kvpress.evaluation.tables import (
     difference,
     divergence_cells,
@@ -172,11 +172,11 @@ def codec_quality_table(results: Results) -> str:
 def evaluated(records: Sequence[Result]) -> str:
     """Return the sentence that says where the numbers of an evaluation come from."""
     settings, engine = records[-1]["settings"], records[-1]["engine"]
-    commands = dict.fromkeys(f"`{record['command']}`" for record in records)
+    made_by = ", then ".join(f"`{command}`" for command in commands(records))
     return (
         f"Model `{settings['model']}`, {engine['dtype']}, block size {engine['block_size']}, "
         f"{engine['device']}, vLLM {settings['versions']['vllm']}, {records[-1]['date_utc']}: "
-        f"{', then '.join(commands)}."
+        f"{made_by}."
     )
 
 

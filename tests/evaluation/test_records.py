@@ -7,6 +7,7 @@ from vllm_kvpress.evaluation.grid import Cell, Settings, Variant
 from vllm_kvpress.evaluation.records import (
     append_record,
     cell_key,
+    commands,
     read_records,
     read_results,
     record_key,
@@ -77,3 +78,21 @@ def test_a_record_has_the_key_of_its_cell(record):
     assert record_key(json.loads(json.dumps(made))) == key
     assert cell_key(settings, variant, Cell("needle", 2048)) != key
     assert record_key({**made, "policy_in_full": {"name": "knorm", "sink_tokens": 8}}) != key
+
+
+def test_commands_that_differ_in_policies_alone_are_one_with_what_was_measured(record):
+    records = [
+        record("full", "11", 1.0, command="eval --policies snapkv,int8,knorm --limit 2"),
+        record("snapkv", "11", command="eval --policies snapkv,int8,knorm --limit 2"),
+        record("int8:group=32", "11", command="eval --policies=int8:group=32 --limit 2"),
+        record("snapkv", "11", 0.25, command="eval --limit 2 --keep-ratio 0.25"),
+        record("my policy.yaml", "11", command="eval --policies 'my policy.yaml'"),
+        record("random", "11", command="eval --policies keydiff"),
+    ]
+
+    assert commands(records) == [
+        "eval --policies snapkv,int8:group=32 --limit 2",
+        "eval --limit 2 --keep-ratio 0.25",
+        "eval --policies 'my policy.yaml'",
+    ]
+    assert commands(records[-1:]) == ["eval --policies keydiff"]

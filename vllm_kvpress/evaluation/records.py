@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,7 +14,7 @@ from typing import Any
 
 from vllm_kvpress import __version__
 from vllm_kvpress.errors import ConfigError, shown
-from vllm_kvpress.evaluation.grid import Cell, Settings, Variant
+from vllm_kvpress.evaluation.grid import FLOOR, FULL, Cell, Settings, Variant
 
 __all__ = [
     "FILE_NAME",
@@ -21,6 +22,7 @@ __all__ = [
     "Results",
     "append_record",
     "cell_key",
+    "commands",
     "read_records",
     "read_results",
     "versions",
@@ -164,3 +166,24 @@ def by_cell(records: Sequence[Record]) -> dict[tuple[str, int], list[Record]]:
     for record in records:
         cells.setdefault((record["task"], record["length"]), []).append(record)
     return dict(sorted(cells.items(), key=lambda item: item[0][1]))
+
+
+def commands(records: Sequence[Record]) -> list[str]:
+    """Return the commands that give these records again.
+
+    Commands that differ in their policies alone are one, with the policies that were measured.
+    """
+    found: dict[tuple[str, ...], dict[str, None]] = {}
+    for record in records:
+        words = shlex.split(record["command"].replace("--policies=", "--policies "))
+        if "--policies" in words:
+            words[words.index("--policies") + 1] = ""
+        policies = found.setdefault(tuple(words), {})
+        if record["policy"] not in (FULL, FLOOR):
+            policies[record["policy"]] = None
+    made_by = [
+        shlex.join(",".join(policies) if word == "" else word for word in words)
+        for words, policies in found.items()
+        if policies or "" not in words
+    ]
+    return made_by or [records[-1]["command"]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm_kvpress.evaluation.estimates import SURE, Estimate, estimate_difference
 from vllm_kvpress.evaluation.grid import FLOOR, FULL, ratio_text
 from vllm_kvpress.evaluation.items import num_prompts
-from vllm_kvpress.evaluation.records import Record, Results, by_cell
+from vllm_kvpress.evaluation.records import Record, Results, by_cell, commands
 
 __all__ = [
     "REPORT_NAME",
@@ -57,7 +57,7 @@ def report_text(results: Results, images: Sequence[str] = ()) -> str:
         f"{settings['limit']} documents a cell, seed {settings['seed']}, greedy; "
         f"{engine['dtype']} on {engine['device']}, blocks of {engine['block_size']} tokens; "
         + ", ".join(f"{name} {release}" for name, release in settings["versions"].items())
-        + f". Made by\n\n```\n{records[-1]['command']}\n```",
+        + ". Made by\n\n```\n{}\n```".format("\n".join(commands(records))),
         _LEGEND + (_DIVERGENCE_LEGEND if any(map(_has_divergence, records)) else ""),
     ]
     for (task, length), cell in by_cell(records).items():
