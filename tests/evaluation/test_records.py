@@ -66,6 +66,14 @@ def test_no_results_is_an_error(tmp_path):
         read_results(tmp_path)
 
 
+def test_no_results_of_a_command_is_an_error(tmp_path, record):
+    append_record(tmp_path, record("full", "11", 1.0))
+    other = Settings("testbed", 3, 0, (), {})
+
+    with pytest.raises(ConfigError, match=r"no results of this command in .*; got 1 that other"):
+        read_results(tmp_path, other)
+
+
 def test_a_record_has_the_key_of_its_cell(record):
     settings = Settings("testbed", 10, 0, ("--dtype", "float16"), {"vllm": "0.32.0"})
     variant = Variant("knorm", 0.5, {"name": "knorm", "sink_tokens": 4})

@@ -127,7 +127,7 @@ def read_results(folder: Path, settings: Settings | None = None) -> Results:
         settings: Which ones; by default those of the newest record.
 
     Raises:
-        ConfigError: There are none.
+        ConfigError: There are none, or none of the settings.
     """
     records = read_records(folder)
     if not records:
@@ -137,6 +137,12 @@ def read_results(folder: Path, settings: Settings | None = None) -> Results:
         )
     wanted = records[-1]["settings"] if settings is None else settings.to_json()
     same = [record for record in records if record["settings"] == wanted]
+    if not same:
+        raise ConfigError(
+            f"no results of this command in {shown(str(folder))}",
+            got=f"{len(records)} that other settings made",
+            fix="`vllm-kvpress report` shows the newest of those",
+        )
     cells = {_place(record): record for record in same}
     return Results(list(cells.values()), len(records) - len(same))
 
