@@ -77,7 +77,7 @@ CASES = {
         ("streaming", "int8"),  # what streaming_llm:prefill=windowed becomes
     )
 }
-QUICK = ("even-int4-g32-rotated", "straddling-int8")
+QUICK = ("straddling-int8",)
 ROWS = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.full, id=name) for name in CASES
 ]
