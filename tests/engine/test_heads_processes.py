@@ -99,38 +99,40 @@ SPLIT_RUNS = ("1010", "1010", "0000", "1111")
 SPLIT_PLAN = replace(PLANS["uneven"], labels=SPLIT, effective=SPLIT_RUNS)
 
 
-def test_two_ranks_have_as_many_retrieval_heads_in_each_layer(tiny, dense, tmp_path):
-    plan = SPLIT_PLAN
+def on_two_ranks(tiny, policy, folder):
+    """Traces of requests served by two ranks; which tokens they keep is for them to know."""
     prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
-
     served = serve(
-        tiny, prompts, 40, tmp_path, kv_policy=plan.policy, tensor_parallel_size=2,
+        tiny, prompts, 40, folder, kv_policy=policy, tensor_parallel_size=2,
         max_num_batched_tokens=CHUNK,
     )  # fmt: skip
-
-    traces = [
+    return [
         Trace(prompt, outputs, logprobs, whole(prompt, outputs))
         for prompt, (outputs, logprobs) in zip(prompts, served, strict=True)
     ]
-    check(traces, dense, plan)
-    wrong = replace(plan.rule, labels=SPLIT)
-    assert compare(traces[LENGTHS.index(411)], dense, wrong).error > FELT > TOLERANCE
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_two_ranks_have_as_many_retrieval_heads_in_each_layer(compensated, tiny, dense, tmp_path):
+    rule = replace(SPLIT_PLAN.rule, compensated=compensated)
+    policy = SPLIT_PLAN.policy
+    policy = {**policy, "heads": {**policy["heads"], "compensation": compensated}}
+
+    traces = on_two_ranks(tiny, policy, tmp_path)
+
+    for trace in traces:
+        assert compare(trace, dense, rule).error <= TOLERANCE, len(trace.prompt)
+    mistakes = (replace(rule, labels=SPLIT), replace(rule, compensated=not compensated))
+    for wrong in mistakes:
+        assert compare(traces[LENGTHS.index(411)], dense, wrong).error > FELT > TOLERANCE
 
 
 def test_packed_lanes_on_two_ranks(tiny, dense, tmp_path):
     """The codes stay in the workers: a rounding near a tie may fall to the other side unseen."""
     row = replace(PACKED["straddling-int8"], plan=SPLIT_PLAN)
-    prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
 
-    served = serve(
-        tiny, prompts, 40, tmp_path, kv_policy=row.policy, tensor_parallel_size=2,
-        max_num_batched_tokens=CHUNK,
-    )  # fmt: skip
+    traces = on_two_ranks(tiny, row.policy, tmp_path)
 
-    traces = [
-        Trace(prompt, outputs, logprobs, whole(prompt, outputs))
-        for prompt, (outputs, logprobs) in zip(prompts, served, strict=True)
-    ]
     for trace in traces:
         assert compare(trace, dense, row.rule).error < INT8_TOLERANCE, len(trace.prompt)
     longest = traces[LENGTHS.index(411)]
@@ -141,16 +143,10 @@ def test_packed_lanes_on_two_ranks(tiny, dense, tmp_path):
 
 def test_heads_that_evict_on_two_ranks(tiny, dense, tmp_path):
     row = replace(EVICTING["even-snapkv"], plan=SPLIT_PLAN)
-    prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
 
-    served = serve(
-        tiny, prompts, 40, tmp_path, kv_policy=row.policy, tensor_parallel_size=2,
-        max_num_batched_tokens=CHUNK,
-    )  # fmt: skip
+    traces = on_two_ranks(tiny, row.policy, tmp_path)
 
-    for prompt, (outputs, logprobs) in zip(prompts, served, strict=True):
-        trace = Trace(prompt, outputs, logprobs, whole(prompt, outputs))
-        assert compare(trace, dense, row.rule, own=True).agrees(), len(prompt)
-        if len(prompt) == 411:
-            wrong = replace(row.rule, labels=SPLIT)
-            assert compare(trace, dense, wrong, own=True).error > FELT
+    for trace in traces:
+        assert compare(trace, dense, row.rule, own=True).agrees(), len(trace.prompt)
+    wrong = replace(row.rule, labels=SPLIT)
+    assert compare(traces[LENGTHS.index(411)], dense, wrong, own=True).error > FELT
