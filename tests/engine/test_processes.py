@@ -166,6 +166,8 @@ def test_compiled(name, tiny, dense, tmp_path):
 PARALLEL = [
     *((case, TOLERANCE, name) for name, case in CASES.items()),
     *((PACKED[name], PACKED[name].tolerance, name) for name in ("kivi2", "snapkv-none")),
+    (DEMOTED["snapkv-int4-kivi2"], DEMOTED["snapkv-int4-kivi2"].tolerance, "snapkv-int4-kivi2"),
+    (SKIPPED["snapkv"], SKIPPED["snapkv"].tolerance, "skipped-snapkv"),
     (WRITTEN["int8-int4"], 0.05, "int8-int4"),
 ]
 
