@@ -122,10 +122,13 @@ def prepared(variant: Variant) -> tuple[Any, Any, dict[str, Any]]:
 
 def fingerprint(variant: Variant) -> str:
     """Returns what two variants share only if this Triton makes the same machine code of them."""
+    return _fingerprint(*prepared(variant))
+
+
+def _fingerprint(source: Any, target: Any, options: dict[str, Any]) -> str:
     import triton
     from triton.compiler import make_backend
 
-    source, target, options = prepared(variant)
     backend = make_backend(target)
     parts = (
         triton.__version__,
@@ -145,8 +148,8 @@ def compile_variant(op: str, variant: Variant) -> Record:
     about = {"op": op, "name": variant.name, "architecture": variant.architecture}
     log = io.StringIO()
     try:
-        about["fingerprint"] = fingerprint(variant)
         source, target, options = prepared(variant)
+        about["fingerprint"] = _fingerprint(source, target, options)
         # Triton prints what `ptxas -v` says, since TRITON_DUMP_PTXAS_LOG is set.
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(source, target=target, options=options)
@@ -195,10 +198,6 @@ def _compile_numbered(index: int) -> Record:
     return compile_variant(*_queue[index])
 
 
-def _is_of(record: Record, variant: Variant) -> bool:
-    return record.fingerprint == fingerprint(variant)
-
-
 def check_in_processes(
     choice: Choice, jobs: int, known: Mapping[tuple[str, str], Record] | None = None
 ) -> tuple[list[Record], int]:
@@ -217,9 +216,9 @@ def check_in_processes(
             choice = replace(choice, part=(1, 1))
         for op, variant in choice.variants():
             record = (known or {}).get((op, variant.name))
-            if record is None or record.name in compiled_anyway or not _is_of(record, variant):
-                record = None
-            records.append(record)
+            may_stay = record is not None and variant.name not in compiled_anyway
+            is_current = may_stay and record.fingerprint == fingerprint(variant)
+            records.append(record if is_current else None)
         places = [place for place, record in enumerate(records) if record is None]
         context = multiprocessing.get_context("spawn")
         with context.Pool(min(jobs, len(places)) or 1, _prepare, (choice,)) as pool:
