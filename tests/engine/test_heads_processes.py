@@ -1,6 +1,5 @@
 """Head plans in engines of their own: the other runner, asynchronous scheduling, two ranks, fp8."""
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -8,14 +7,12 @@ import pytest
 from engine.cases import LENGTHS, mixed_prompts
 from engine.child import Job, in_child
 from engine.compare import FELT, TOLERANCE, compare
-from engine.harness import Trace
 from engine.test_heads import CHUNK, PLANS, check, check_blocks
 from engine.test_heads_evict import CASES as EVICTING
 from engine.test_heads_evict import check as check_evicting
 from engine.test_heads_packed import CASES as PACKED
 from engine.test_packed_lane import check as check_written
-from engine.test_processes import OUTPUTS, PREEMPTIONS, RUNNER, whole
-from engine.workers import serve
+from engine.test_processes import OUTPUTS, PREEMPTIONS, RUNNER, on_two_ranks
 
 pytestmark = pytest.mark.full
 
@@ -97,19 +94,6 @@ def test_compiled(tiny, dense, tmp_path):
 SPLIT = ("1000", "0010", "0000", "1101")
 SPLIT_RUNS = ("1010", "1010", "0000", "1111")
 SPLIT_PLAN = replace(PLANS["uneven"], labels=SPLIT, effective=SPLIT_RUNS)
-
-
-def on_two_ranks(tiny, policy, folder):
-    """Traces of requests served by two ranks; which tokens they keep is for them to know."""
-    prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
-    served = serve(
-        tiny, prompts, 40, folder, kv_policy=policy, tensor_parallel_size=2,
-        max_num_batched_tokens=CHUNK,
-    )  # fmt: skip
-    return [
-        Trace(prompt, outputs, logprobs, whole(prompt, outputs))
-        for prompt, (outputs, logprobs) in zip(prompts, served, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("compensated", [False, True])

@@ -180,25 +180,33 @@ PARALLEL = [
     ],
 )
 def test_tensor_parallel(case, tolerance, tiny, dense, tmp_path):
-    # No token twice: equal tokens have equal scores in layer 0 under a norm, and which of them a
-    # rank keeps is for its rounding to say, unseen from here.
-    prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
-
     write_spy(tmp_path)
-    served = serve(
-        tiny, prompts, 40, tmp_path, kv_policy=case.policy, tensor_parallel_size=2,
-        max_num_batched_tokens=CHUNK,
-    )  # fmt: skip
+
+    traces = on_two_ranks(tiny, case.policy, tmp_path)
 
     workers = [one for one in seen(tmp_path) if "Worker" in one["name"]]
     assert len(workers) == 2
     assert all(RUNNER["v1"] + ".GPUModelRunner.initialize_kv_cache" in w["ours"] for w in workers)
     longest = LENGTHS.index(411)
-    for index, (prompt, (outputs, logprobs)) in enumerate(zip(prompts, served, strict=True)):
-        trace = Trace(prompt, outputs, logprobs, whole(prompt, outputs))
-        assert compare(trace, dense, case.rule, own=True).agrees(tolerance), len(prompt)
+    for index, trace in enumerate(traces):
+        assert compare(trace, dense, case.rule, own=True).agrees(tolerance), len(trace.prompt)
         if index == longest:
             assert compare(trace, dense, Rule(32), own=True).error > 2 * tolerance
+
+
+def on_two_ranks(tiny, policy, folder):
+    """Traces of requests served by two ranks; which tokens they keep is for them to know."""
+    # No token twice: equal tokens have equal scores in layer 0 under a norm, and which of them a
+    # rank keeps is for its rounding to say, unseen from here.
+    prompts = [random.Random(n).sample(range(3, 500), n) for n in LENGTHS]
+    served = serve(
+        tiny, prompts, 40, folder, kv_policy=policy, tensor_parallel_size=2,
+        max_num_batched_tokens=CHUNK,
+    )  # fmt: skip
+    return [
+        Trace(prompt, outputs, logprobs, whole(prompt, outputs))
+        for prompt, (outputs, logprobs) in zip(prompts, served, strict=True)
+    ]
 
 
 def whole(prompt, outputs):
