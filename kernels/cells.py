@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Side(NamedTuple):
@@ -46,3 +46,9 @@ class Cells(NamedTuple):
     per_page: int
     keys: Side
     values: Side
+
+    @classmethod
+    def of(cls, numbers: dict[str, Any]) -> Cells:
+        """Returns the cells that a layout draws; `numbers` as `PackedFormat.numbers` gives them."""
+        sides = {side: Side(*numbers[side]) for side in ("keys", "values")}
+        return cls(**{**numbers, **sides})

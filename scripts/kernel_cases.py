@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from vllm_kvpress.kernels.cells import Cells, Side
+from vllm_kvpress.kernels.cells import Cells
 from vllm_kvpress.kernels.compact import reference as compact_reference
 from vllm_kvpress.kernels.paged_attention import ExactPart, PackedPart
 from vllm_kvpress.kernels.paged_attention import reference as attention_reference
@@ -99,10 +99,8 @@ class Format(NamedTuple):
         layout = store_format(quantize, shape.num_kv_heads, shape.head_size, bits)
         assert quantize is not None
         assert layout is not None
-        numbers = layout.numbers(shape.cache.page_bytes)
-        sides = {side: Side(*numbers[side]) for side in ("keys", "values")}
         rotated = quantize.rotate
-        cells = Cells(**{**numbers, **sides})
+        cells = Cells.of(layout.numbers(shape.cache.page_bytes))
         return cls(layout, cells, rotated != "none", rotated == "both")
 
     def pages(self, num_pages: int, shape: Shape, device: torch.device) -> torch.Tensor:

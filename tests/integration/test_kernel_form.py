@@ -32,6 +32,7 @@ def store_of(keys, values, *, rotated=(False, False)):
         packed_format(keys, values, 0, HEADS, SIZE, 32),
         make_codec(keys, "keys", dtype=F32),
         make_codec(values, "values", dtype=F32),
+        F32,
         *rotated,
     )
 

@@ -48,9 +48,7 @@ def make_cells(
         keys=side_format(keys, head_size, dtype),
         values=side_format(values, head_size, dtype),
     )
-    numbers = packed.numbers(packed.cell_bytes * cells_per_page + 20)
-    sides = {name: Side(*numbers[name]) for name in ("keys", "values")}
-    return Cells(**{**numbers, **sides})
+    return Cells.of(packed.numbers(packed.cell_bytes * cells_per_page + 20))
 
 
 def hadamard(head_size: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
-from vllm_kvpress.kernels.cells import Cells, Side
+from vllm_kvpress.kernels.cells import Cells
 from vllm_kvpress.kernels.cells_reference import unpack
 from vllm_kvpress.kernels.paged_attention import (
     ExactPart,
@@ -152,7 +152,7 @@ class Case:
         form = format_of(self.name, self.heads, self.size, self.dtype)
         page_bytes = (7 * form.cell_bytes // 2 // 16 + 1) * 16
         numbers = form.numbers(page_bytes)
-        cells = Cells(**numbers | {k: Side(*numbers[k]) for k in ("keys", "values")})
+        cells = Cells.of(numbers)
         width = form.pages(max(max(lengths), 1), page_bytes) + 1
         pages = torch.full((len(lengths) * width + 1, page_bytes), 255, dtype=torch.uint8)
         table = torch.randperm(len(pages), generator=self.random)[:-1].view(-1, width).int()
@@ -592,9 +592,7 @@ def test_variants_have_the_layout_s_cells():
     for name in FORMATS:
         for size in (64, 80, 96, 128, 256):
             form = format_of(name, 2, size, F16)
-            numbers = form.numbers(3 * form.cell_bytes)
-            expected = Cells(**numbers | {k: Side(*numbers[k]) for k in ("keys", "values")})
-            assert cells_of(size, name) == expected
+            assert cells_of(size, name) == Cells.of(form.numbers(3 * form.cell_bytes))
 
 
 def test_variants_are_few_and_complete():

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_kvpress.kernels.cells import Cells
+from vllm_kvpress.kernels.cells_reference import unpack
 from vllm_kvpress.layout import PackedFormat
-from vllm_kvpress.policies.codecs import Codec, Encoded, rotate
+from vllm_kvpress.policies.codecs import Codec, rotate
 from vllm_kvpress.policies.codecs.uniform import cleaned
 
 _BYTES = torch.uint8
@@ -24,6 +26,7 @@ class CellStore:
         cells: Where things lie.
         keys: Codec of keys.
         values: Codec of values.
+        dtype: The model's dtype: what exact sides hold.
         rotate_keys: Whether keys are stored rotated.
         rotate_values: Whether values are.
     """
@@ -31,6 +34,7 @@ class CellStore:
     cells: PackedFormat
     keys: Codec
     values: Codec
+    dtype: torch.dtype
     rotate_keys: bool = False
     rotate_values: bool = False
 
@@ -80,20 +84,11 @@ class CellStore:
         self, pages: torch.Tensor, table: torch.Tensor, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the first tokens of a request's store, float32 [num_kv_heads, n, head_size]."""
-        _, content = self._open(pages, table, 0, num_tokens)
-        sides = ((self.keys, self.rotate_keys), (self.values, self.rotate_values))
-        found = []
-        for side, (codec, rotated) in enumerate(sides):
-            codes, scales, zeros = (rows.flatten(1, 2) for rows in self._sections(content, side))
-            encoded = Encoded(
-                codes=codes,
-                scales=_halves(scales),
-                zeros=_halves(zeros),
-                nonfinite=0,
-            )
-            numbers = codec.decode(encoded, self.cells.head_size)[:, :num_tokens]
-            found.append(rotate(numbers) if rotated else numbers)
-        return found[0], found[1]
+        cells = Cells.of(self.cells.numbers(pages.shape[1]))
+        sides = unpack(pages, table, num_tokens, cells, self.dtype)
+        rotated = (self.rotate_keys, self.rotate_values)
+        keys, values = (rotate(x) if yes else x for x, yes in zip(sides, rotated, strict=True))
+        return keys, values
 
     def _open(
         self, pages: torch.Tensor, table: torch.Tensor, first_chunk: int, end: int
@@ -136,10 +131,3 @@ class CellStore:
             content[:, :, start:end].unflatten(2, (count, (end - start) // count))
             for start, end, count in edges
         ]
-
-
-def _halves(rows: torch.Tensor) -> torch.Tensor:
-    """Returns rows of bytes as float16; a codec without scales has rows of none."""
-    if not rows.numel():
-        return rows.new_empty(*rows.shape[:2], 0, dtype=torch.float16)
-    return rows.contiguous().view(torch.float16)

@@ -20,7 +20,7 @@ from vllm_kvpress.integration.cells import CellStore
 from vllm_kvpress.integration.events import LayerPages
 from vllm_kvpress.integration.packed import PackedAttention, PackedEventRunner, page_bytes
 from vllm_kvpress.integration.pages import PageMap
-from vllm_kvpress.kernels.cells import Cells, Side
+from vllm_kvpress.kernels.cells import Cells
 from vllm_kvpress.kernels.compact import compact
 from vllm_kvpress.kernels.paged_attention import ExactPart, PackedPart, merge, paged_attention
 from vllm_kvpress.policies.codecs import hadamard
@@ -72,9 +72,7 @@ class KernelStore:
     """
 
     def __init__(self, form: CellStore, pages: torch.Tensor) -> None:
-        numbers = form.cells.numbers(pages.shape[1])
-        sides = {side: Side(*numbers[side]) for side in ("keys", "values")}
-        self.cells = Cells(**{**numbers, **sides})
+        self.cells = Cells.of(form.cells.numbers(pages.shape[1]))
         self.rotations = {
             "rotation": hadamard(form.cells.head_size, pages.device),
             "rotate_keys": form.rotate_keys,

@@ -271,6 +271,7 @@ def _store_of(codecs: Codecs, spec: FullAttentionSpec, dtype: torch.dtype) -> Ce
         cells,
         make_codec(codecs.keys, "keys", group=group, dtype=dtype),
         make_codec(codecs.values, "values", group=group, dtype=dtype),
+        dtype,
         rotate_keys=codecs.rotate != "none",
         rotate_values=codecs.rotate == "both",
     )

@@ -23,7 +23,7 @@ from vllm_kvpress.integration.kernel_form import packed_runner
 from vllm_kvpress.integration.lanes import cells_of
 from vllm_kvpress.integration.packed import page_bytes
 from vllm_kvpress.integration.plugin import policy_of
-from vllm_kvpress.kernels.cells import Cells, Side
+from vllm_kvpress.kernels.cells import Cells
 from vllm_kvpress.kernels.paged_attention import PackedPart, paged_attention
 from vllm_kvpress.kernels.quantize_on_write import quantize_on_write
 from vllm_kvpress.layout import PackedFormat
@@ -75,10 +75,8 @@ class PackedCache:
         self, pages: torch.Tensor, form: PackedFormat, codecs: Codecs, nonfinite: NonfiniteNumbers
     ) -> None:
         packed_runner(pages.device)  # refuses devices without kernels
-        numbers = form.numbers(pages.shape[1])
-        sides = {side: Side(*numbers[side]) for side in ("keys", "values")}
         self._pages = pages
-        self._cells = Cells(**{**numbers, **sides})
+        self._cells = Cells.of(form.numbers(pages.shape[1]))
         self._rotation = {
             "rotation": hadamard(form.head_size, pages.device),
             "rotate_keys": codecs.rotate != "none",
