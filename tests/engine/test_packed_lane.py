@@ -9,18 +9,21 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from reference.dense import DenseReference
+from reference.dense import DenseLlama, DenseReference
 from reference.tiny_model import random_prompt
 from reference.written import WrittenRule
 
 from engine.cases import LENGTHS, NUM_OUTPUTS, mixed_prompts
 from engine.compare import FELT, TOLERANCE, errors, expected_blocks, replayed
-from engine.harness import BLOCK
+from engine.harness import BLOCK, Engine
 from engine.recording import RecordingEngine
+from engine.test_options import as_float32, full_attention_error
 
 CHUNK = 64
 # Steps by which a rounding near a tie may be off, and the share of rows that may have one.
 OFF, SHARE = 0.65, 0.1
+# The same of 4-bit codes if what is rounded comes from a bf16 model, and so from other noise.
+OFF_BFLOAT16 = 0.8
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ CASES = {
     "streaming-int4": case("int4", "int4", window=60, group=32, rotate="keys"),
 }
 FAST = ("int4-g32-rotated", "streaming-int8")
+BFLOAT16 = ("int4", "streaming-int4")
 ROWS = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.full, id=name) for name in CASES
 ]
@@ -209,3 +213,28 @@ def test_blocks_are_the_plan_s_and_hold_packed_bytes(row, engine, mixed, dense):
     for layer in engine.layers:
         pages = layer.kv_cache
         assert pages.nbytes == len(pages) * BLOCK * dense.num_kv_heads * row.token_bytes(64)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["int4-g32-rotated", *(pytest.param(n, marks=pytest.mark.full) for n in BFLOAT16)],
+)
+def test_bfloat16_within_the_error_of_full_attention(name, tiny):
+    """A bf16 model's int4 tokens: errors as without a policy, and codes next to the exact ones."""
+    row, wide = CASES[name], as_float32(DenseLlama(tiny, torch.bfloat16))
+    prompts = [mixed_prompts()[LENGTHS.index(length)] for length in (37, 129, 411)]
+    stock = Engine(tiny, None, dtype="bfloat16")
+    budget = full_attention_error(stock, prompts[-1], wide)
+    stock.close()
+    engine = RecordingEngine(tiny, row.policy, row.rule, dtype="bfloat16")
+
+    traces = engine.run(prompts, (12, 34, 36), chunk=CHUNK)
+    engine.close()
+
+    for trace in traces:
+        error, off, _ = compare(trace, wide, row.rule)
+        assert error <= budget, len(trace.prompt)
+        assert off <= OFF_BFLOAT16, len(trace.prompt)
+    for what, mistake in row.mistakes.items():
+        error, off, _ = compare(traces[-1], wide, mistake)
+        assert error > 3 * budget or off > 2 * OFF_BFLOAT16, what

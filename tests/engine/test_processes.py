@@ -167,8 +167,9 @@ PARALLEL = [
     *((case, TOLERANCE, name) for name, case in CASES.items()),
     *((PACKED[name], PACKED[name].tolerance, name) for name in ("kivi2", "snapkv-none")),
     (DEMOTED["snapkv-int4-kivi2"], DEMOTED["snapkv-int4-kivi2"].tolerance, "snapkv-int4-kivi2"),
-    (SKIPPED["snapkv"], SKIPPED["snapkv"].tolerance, "skipped-snapkv"),
+    *((SKIPPED[name], SKIPPED[name].tolerance, f"skipped-{name}") for name in ("snapkv", "kivi2")),
     (WRITTEN["int8-int4"], 0.05, "int8-int4"),
+    (WRITTEN["streaming-int4"], 0.1, "streaming-int4"),
 ]
 
 
