@@ -20,12 +20,12 @@ def run_by_kernel(monkeypatch: Any) -> Counter[str]:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm_kvpress.kernels import compact, paged_attention, quantize_on_write, window_scores
 
-    from vllm_kvpress.integration import kernel_form, worker
+    from vllm_kvpress.integration import kernel_form, packed
 
     launches: Counter[str] = Counter()
     monkeypatch.setattr(CPUAttentionBackendImpl, "do_kv_cache_update", write_rows)
     monkeypatch.setattr(CPUAttentionBackendImpl, "forward", attend_rows)
-    monkeypatch.setattr(worker, "packed_runner", lambda device: kernel_form.KernelEventRunner)
+    monkeypatch.setattr(packed, "attention_form", lambda device: kernel_form.KernelAttention)
     for package in (compact, quantize_on_write, window_scores):
         name = package.__name__.rpartition(".")[2]
         launch = counted(launches, name, package)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from vllm_kvpress.integration.packed_lane import NonfiniteNumbers, PackedCache
+from vllm_kvpress.integration.cells import NonfiniteNumbers, PackedStore
+from vllm_kvpress.integration.packed_lane import PackedCache
 from vllm_kvpress.integration.pages import flat_pages
 from vllm_kvpress.policies.codecs import store_format
 from vllm_kvpress.schema import Codecs
@@ -65,7 +66,8 @@ def packed_part(inner_impl: type[Any], codecs: Codecs) -> type[Any]:
                 pages = flat_pages(kv_cache).view(torch.uint8)
                 if not shared:
                     shared.append(NonfiniteNumbers(pages.device))
-                self._bound = kv_cache, PackedCache(pages, form, codecs, shared[0])
+                store = PackedStore(form, codecs, pages, kv_cache.dtype, shared[0])
+                self._bound = kv_cache, PackedCache(pages, store)
             return self._bound[1]
 
     PackedPart.__qualname__ = PackedPart.__name__ = f"PackedPart{inner_impl.__name__}"

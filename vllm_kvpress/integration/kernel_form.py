@@ -1,9 +1,7 @@
-"""Packed stores by kernel, for CUDA: the bytes and the attention of `packed.py`, on the device.
+"""Attention over packed cells and staging by kernel, for CUDA: what `packed_attention.py` computes.
 
-    events      read staging and choose in PyTorch; `kernels.compact` encodes into the cells
-    attention   `kernels.paged_attention` reads cells and staging's open blocks where they lie
-
-Nothing in a step waits for the device. Which form runs is decided by `packed_runner`, nowhere else.
+`kernels.paged_attention` reads cells and staging's open blocks where they lie, and nothing in a
+step waits for the device. Which form runs is decided by `attention_form`, nowhere else.
 """
 
 from __future__ import annotations
@@ -16,26 +14,23 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvpress.errors import UnsupportedModelError, UnsupportedVLLMError
-from vllm_kvpress.integration.cells import CellStore
+from vllm_kvpress.integration.cells import PackedStore, page_bytes
 from vllm_kvpress.integration.events import LayerPages
-from vllm_kvpress.integration.packed import PackedAttention, PackedEventRunner, page_bytes
+from vllm_kvpress.integration.packed_attention import PackedAttention
 from vllm_kvpress.integration.pages import PageMap
-from vllm_kvpress.kernels.cells import Cells
-from vllm_kvpress.kernels.compact import compact
 from vllm_kvpress.kernels.paged_attention import ExactPart, PackedPart, merge, paged_attention
-from vllm_kvpress.policies.codecs import hadamard
 
 OLDEST = (8, 0)
 
 
-def packed_runner(device: torch.device) -> type[PackedEventRunner]:
-    """Returns what runs packed stores on a device: PyTorch on CPU, kernels on CUDA.
+def attention_form(device: torch.device) -> type[PackedAttention]:
+    """Returns what attends to packed stores on a device: PyTorch on CPU, kernels on CUDA.
 
     Raises:
         UnsupportedModelError: there are no kernels for the device.
     """
     if device.type == "cpu":
-        return PackedEventRunner
+        return PackedAttention
     old = device.type != "cuda" or torch.version.hip is not None
     if old or torch.cuda.get_device_capability(device) < OLDEST:
         raise UnsupportedModelError(
@@ -44,74 +39,7 @@ def packed_runner(device: torch.device) -> type[PackedEventRunner]:
             allowed="CPU; NVIDIA GPUs of compute capability 8.0 and newer",
             fix="Use a policy with quantize fp8, or without quantize",
         )
-    return KernelEventRunner
-
-
-class KernelEventRunner(PackedEventRunner):
-    """Runs the events of a packed store with kernels that encode and attend."""
-
-    def __init__(
-        self, plan: Any, scorer: Any, page_map: PageMap, layers: list[LayerPages], vllm_config: Any
-    ) -> None:
-        super().__init__(plan, scorer, page_map, layers, vllm_config)
-        pages = page_bytes(layers[0])
-        self.stores = {lane: KernelStore(store, pages) for lane, store in self.stores.items()}
-        self.attention = KernelAttention(self.stores, page_map, layers)
-
-
-class KernelStore:
-    """Writes a store's cells by kernel.
-
-    Args:
-        form: The same store in PyTorch.
-        pages: uint8 [num_blocks, page_bytes] of a layer; all layers' are alike.
-
-    Attributes:
-        cells: Where things lie, in the kernels' words.
-        rotations: The kernels' options for rotated keys and values.
-    """
-
-    def __init__(self, form: CellStore, pages: torch.Tensor) -> None:
-        self.cells = Cells.of(form.cells.numbers(pages.shape[1]))
-        self.rotations = {
-            "rotation": hadamard(form.cells.head_size, pages.device),
-            "rotate_keys": form.rotate_keys,
-            "rotate_values": form.rotate_values,
-        }
-        self._found = torch.zeros(1, dtype=torch.int64, device=pages.device)
-        self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=pages.is_cuda)
-        self._told = 0
-
-    def write(
-        self,
-        pages: torch.Tensor,
-        table: torch.Tensor,
-        start: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> int:
-        """Encodes tokens into a request's store, from place `start` on; see `CellStore.write`.
-
-        Returns:
-            How many numbers of earlier calls turned out to be NaN or infinite: the device counts
-            them, and nobody waits for it.
-        """
-        kept = torch.arange(keys.shape[1], device=pages.device).expand(len(keys), -1)
-        seen = int(self._seen)
-        found, self._told = seen - self._told, seen
-        compact(
-            keys,
-            values,
-            kept,
-            table.int(),
-            pages,
-            start,
-            self.cells,
-            nonfinite=self._found,
-            **self.rotations,
-        )
-        self._seen.copy_(self._found, non_blocking=True)
-        return found
+    return KernelAttention
 
 
 @dataclass(frozen=True)
@@ -126,7 +54,7 @@ class KernelStep:
     """
 
     common: CommonAttentionMetadata
-    parts: tuple[tuple[KernelStore, torch.Tensor, torch.Tensor], ...]
+    parts: tuple[tuple[PackedStore, torch.Tensor, torch.Tensor], ...]
     max_tokens: int
 
 
@@ -142,7 +70,9 @@ class KernelAttention(PackedAttention):
         UnsupportedVLLMError: the backend orders pages in a way that no strides describe.
     """
 
-    def __init__(self, stores: dict[str, Any], page_map: PageMap, layers: list[LayerPages]) -> None:
+    def __init__(
+        self, stores: dict[str, PackedStore], page_map: PageMap, layers: list[LayerPages]
+    ) -> None:
         super().__init__(stores, page_map, layers)
         self._views = {}
         for pages in layers:

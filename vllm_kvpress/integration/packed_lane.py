@@ -15,50 +15,15 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvpress.integration.cells import NonfiniteNumbers, PackedStore, page_bytes
 from vllm_kvpress.integration.events import LayerPages
-from vllm_kvpress.integration.kernel_form import packed_runner
+from vllm_kvpress.integration.kernel_form import attention_form
 from vllm_kvpress.integration.lanes import cells_of
-from vllm_kvpress.integration.packed import page_bytes
 from vllm_kvpress.integration.plugin import policy_of
-from vllm_kvpress.kernels.cells import Cells
 from vllm_kvpress.kernels.paged_attention import PackedPart, paged_attention
 from vllm_kvpress.kernels.quantize_on_write import quantize_on_write
-from vllm_kvpress.layout import PackedFormat
-from vllm_kvpress.policies.codecs import hadamard
-from vllm_kvpress.schema import Codecs
-
-logger = init_logger("vllm.kvpress")
-
-
-class NonfiniteNumbers:
-    """Counts NaN and infinite numbers as they are written, and warns of the first.
-
-    Cells hold them as 0 and the largest float16.
-
-    Attributes:
-        count: int64 [1], what writes add to.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.count = torch.zeros(1, dtype=torch.int64, device=device)
-        # What the host knows of it: on a GPU a copy that arrives later, so that nothing waits.
-        self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._warned = False
-
-    def look(self) -> None:
-        """Warns once there is one; called after every write."""
-        if self._warned:
-            return
-        self._seen.copy_(self.count, non_blocking=True)
-        if int(self._seen):
-            self._warned = True
-            logger.warning(
-                "KV policy: NaN or infinity in keys or values, stored as 0 and the largest "
-                "float16; more are counted silently."
-            )
 
 
 class PackedCache:
@@ -66,23 +31,13 @@ class PackedCache:
 
     Args:
         pages: uint8 [num_blocks, page_bytes].
-        form: The cells in them.
-        codecs: The precision.
-        nonfinite: Counts numbers that are none.
+        store: How tokens lie in them.
     """
 
-    def __init__(
-        self, pages: torch.Tensor, form: PackedFormat, codecs: Codecs, nonfinite: NonfiniteNumbers
-    ) -> None:
-        packed_runner(pages.device)  # refuses devices without kernels
+    def __init__(self, pages: torch.Tensor, store: PackedStore) -> None:
+        attention_form(pages.device)  # refuses devices without kernels
         self._pages = pages
-        self._cells = Cells.of(form.numbers(pages.shape[1]))
-        self._rotation = {
-            "rotation": hadamard(form.head_size, pages.device),
-            "rotate_keys": codecs.rotate != "none",
-            "rotate_values": codecs.rotate == "both",
-        }
-        self._nonfinite = nonfinite
+        self._store = store
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Encodes a step's tokens into their slots.
@@ -97,11 +52,11 @@ class PackedCache:
             value,
             self._pages,
             slot_mapping,
-            self._cells,
-            nonfinite=self._nonfinite.count,
-            **self._rotation,
+            self._store.cells,
+            nonfinite=self._store.nonfinite.count,
+            **self._store.rotations,
         )
-        self._nonfinite.look()
+        self._store.nonfinite.look()
 
     def attend(
         self,
@@ -128,14 +83,16 @@ class PackedCache:
         paged_attention(
             query,
             step.query_start_loc[: step.num_reqs + 1],
-            causal=PackedPart(self._pages, table, step.seq_lens[: step.num_reqs], self._cells),
+            causal=PackedPart(
+                self._pages, table, step.seq_lens[: step.num_reqs], self._store.cells
+            ),
             scale=impl.scale,
             max_query_len=step.max_query_len,
             max_tokens=step.max_seq_len,
             soft_cap=impl.logits_soft_cap or 0.0,
             sinks=None if impl.sinks is None else impl.sinks.float(),
             out=output.view(query.shape),
-            **self._rotation,
+            **self._store.rotations,
         )
         return output
 
@@ -154,11 +111,10 @@ class PackedLane:
         assert policy.quantize is not None
         form = cells_of(policy.quantize, layers[0].layer.get_kv_cache_spec(vllm_config))
         assert form is not None
-        nonfinite = NonfiniteNumbers(layers[0].pages.device)
-        self._caches = {
-            id(pages.layer): PackedCache(page_bytes(pages), form, policy.quantize, nonfinite)
-            for pages in layers
-        }
+        first = page_bytes(layers[0])
+        nonfinite = NonfiniteNumbers(first.device)
+        store = PackedStore(form, policy.quantize, first, layers[0].pages.dtype, nonfinite)
+        self._caches = {id(pages.layer): PackedCache(page_bytes(pages), store) for pages in layers}
 
     def write(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor

@@ -26,9 +26,9 @@ from vllm_kvpress import plan_rows
 from vllm_kvpress.errors import UnsupportedVLLMError
 from vllm_kvpress.integration.compat import Rows, rows_of, skip_slot_mappings
 from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
-from vllm_kvpress.integration.kernel_form import packed_runner
 from vllm_kvpress.integration.lanes import PrivateSpec, plan_in
-from vllm_kvpress.integration.packed import PackedAttention, PackedStep
+from vllm_kvpress.integration.packed import PackedEventRunner
+from vllm_kvpress.integration.packed_attention import PackedAttention, PackedStep
 from vllm_kvpress.integration.packed_lane import PackedLane
 from vllm_kvpress.integration.pages import PageMap, flat_pages
 from vllm_kvpress.integration.skipped import SkippedSpec
@@ -164,8 +164,7 @@ class LaneRuntime:
             or (quantized and plan.query_window)
         )
         if page_map is not None:
-            packs = isinstance(plan, PackedPlan)
-            runner_cls = packed_runner(layers[0].kv_cache.device) if packs else EventRunner
+            runner_cls = PackedEventRunner if isinstance(plan, PackedPlan) else EventRunner
             self.events = runner_cls(plan, self.scorer, page_map, pages, self.vllm_config)
             self.packed = getattr(self.events, "attention", None)
         elif plan.packs_on_write:
