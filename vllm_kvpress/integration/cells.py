@@ -14,7 +14,7 @@ from vllm_kvpress.kernels.cells import Cells
 from vllm_kvpress.kernels.cells_reference import unpack
 from vllm_kvpress.kernels.compact import compact
 from vllm_kvpress.layout import PackedFormat
-from vllm_kvpress.policies.codecs import hadamard, rotate
+from vllm_kvpress.policies.codecs import hadamard
 from vllm_kvpress.schema import Codecs
 
 logger = init_logger("vllm.kvpress")
@@ -122,6 +122,7 @@ class PackedStore:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the first tokens of a request's store, float32 [num_kv_heads, n, head_size]."""
         sides = unpack(pages, table, num_tokens, self.cells, self._dtype)
+        turn = self.rotations["rotation"]  # which is its own inverse
         rotated = (self.rotations["rotate_keys"], self.rotations["rotate_values"])
-        keys, values = (rotate(x) if yes else x for x, yes in zip(sides, rotated, strict=True))
+        keys, values = (x @ turn if yes else x for x, yes in zip(sides, rotated, strict=True))
         return keys, values

@@ -35,7 +35,6 @@ __all__ = [
     "KiviKeyCodec",
     "Side",
     "UniformCodec",
-    "group_channels",
     "hadamard",
     "known_codecs",
     "make_codec",
@@ -127,13 +126,8 @@ def store_format(
     """Returns the cells that a policy asks for, of one store; None if it packs nothing."""
     if codecs is None or codecs.is_fp8:
         return None
-    group = group_channels(codecs)
+    group = 0 if codecs.group == "head" else codecs.group
     return packed_format(codecs.keys, codecs.values, group, num_kv_heads, head_size, dtype_bits)
-
-
-def group_channels(codecs: Codecs) -> int:
-    """Returns the channels that share a scale in int8 and int4; 0 for the whole head."""
-    return 0 if codecs.group == "head" else codecs.group
 
 
 def _side_format(name: str, side: Side, group: int, head_size: int, dtype_bits: int) -> SideFormat:
