@@ -147,6 +147,12 @@ class Policy(Part):
             )
 
     def _check_without_evict(self) -> "Policy":
+        if self.quantize is not None and self.quantize.losers is not None:
+            raise ConfigError(
+                "quantize.losers is the precision of what a scorer rejects",
+                got="a policy without evict, which rejects nothing",
+                fix="Remove quantize.losers, or add evict with losers: demote",
+            )
         if self.heads.plan != "all":
             return self
         if self.quantize is None:
@@ -162,12 +168,6 @@ class Policy(Part):
                 allowed="fp8 beside evict; int8, int4, kivi4, kivi2 with or without it",
                 fix="Start vLLM with --kv-cache-dtype fp8 and no policy",
             )
-        if self.quantize.losers is not None:
-            raise ConfigError(
-                "quantize.losers is the precision of what a scorer rejects",
-                got="a policy without evict, which rejects nothing",
-                fix="Remove quantize.losers, or add evict with losers: demote",
-            )
         return self
 
     @property
@@ -177,6 +177,16 @@ class Policy(Part):
         Skipped layers keep exact blocks in the same pool, whose size packed ones do not have.
         """
         return self.quantize is not None and self.quantize.packs_on_write and not self.layers.skip
+
+    @property
+    def heads_store(self) -> bool:
+        """Whether retrieval heads of a head plan move tokens to a store of their own.
+
+        A scorer picks them, or a codec that cannot pack tokens as they are written waits for them.
+        """
+        if self.quantize is None or self.quantize.is_fp8:
+            return self.evict is not None
+        return self.evict is not None or not self.packs_on_write
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON-able data from which `from_json` rebuilds an equal policy."""

@@ -275,13 +275,6 @@ def check_cache_dtype(policy: "Policy", cache_dtype: str) -> None:
             allowed="auto",
             fix="Drop --kv-cache-dtype, or set heads.compensation to false",
         )
-    if policy.heads.splits and policy.evict is not None and is_fp8:
-        raise ConflictError(
-            "heads.plan with evict is not run over an fp8 cache in this version",
-            got=f"--kv-cache-dtype {cache_dtype}",
-            allowed="auto",
-            fix="Drop --kv-cache-dtype, or evict, or heads",
-        )
     if quantize is None:
         return
     if is_fp8 != quantize.is_fp8:

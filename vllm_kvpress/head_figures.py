@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_kvpress.head_groups import HeadGroups, Labels, group_heads
+from vllm_kvpress.planner import widest_plan
 from vllm_kvpress.window_plan import WindowPlan
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ class HeadFigures:
         window: WindowPlan,
         element_bytes: int,
         step_tokens: int,
-        retention: RetentionPlan | None = None,
+        retention_of: Callable[[int], RetentionPlan] | None = None,
         num_ranks: int = 1,
     ) -> HeadFigures:
         """Returns the figures of a head plan on the first rank.
@@ -47,10 +50,14 @@ class HeadFigures:
             window: What streaming heads see.
             element_bytes: Of a number in the cache.
             step_tokens: Most tokens of a request that one step computes.
-            retention: What retrieval heads keep; None for every token.
+            retention_of: What retrieval heads keep, by their number in a lane; None for every
+                token.
             num_ranks: Ranks of tensor parallelism.
         """
         groups = group_heads(retrieval, num_ranks, rows=window.rows(element_bytes))
+        retention = None
+        if retention_of is not None and groups.retrieval_sizes:
+            retention = widest_plan(map(retention_of, groups.retrieval_sizes))
         return cls(groups, window, step_tokens, retention)
 
     # A head plan leaves no layer alone, and its streaming heads drop tokens.
@@ -62,12 +69,20 @@ class HeadFigures:
         """What retrieval heads do, in words."""
         if self.retention is None:
             return "keep every token"
-        return "keep the prompt until it ends, then their budget of it"
+        then = "their budget of it" if self.retention.evicts_tokens else "pack every token"
+        return f"keep the prompt until it ends, then {then}"
 
     @property
     def block_size(self) -> int:
         """Tokens in a block."""
         return self.window.block_size
+
+    @property
+    def blocks_per_token(self) -> Fraction:
+        """What a generated token takes in the end, in all retrieval heads."""
+        if self.retention is None:
+            return Fraction(self.groups.runs.retrieval, self.block_size)
+        return self.groups.runs.retrieval * self.retention.blocks_per_token
 
     @property
     def padding(self) -> float:
@@ -100,7 +115,8 @@ class HeadFigures:
         prompt = runs.retrieval * self._retained(num_prompt_tokens, num_prompt_tokens)
         prompt += runs.streaming * self.window.blocks_bound(num_prompt_tokens, self.step_tokens)
         # While it generates it grows by retrieval heads: near its end, wherever a block begins.
-        last = range(max(num_prompt_tokens + 1, total - self.block_size), total + 1)
+        unit = self.block_size if self.retention is None else self.retention.unit
+        last = range(max(num_prompt_tokens + 1, total - unit), total + 1)
         # Where heads evict, the prompt's blocks come back a few tokens behind its end.
         first = range(num_prompt_tokens + 1, min(total, num_prompt_tokens + 3) + 1)
         return max(prompt, *(self._decoding(num_prompt_tokens, end) for end in (*first, *last)))

@@ -89,6 +89,12 @@ class HeadGroups:
         return Fraction(widest, self.rows[0])
 
     @property
+    def retrieval_sizes(self) -> tuple[int, ...]:
+        """How many heads lanes of retrieval heads have, on every rank: each number once."""
+        lanes = (lane for layer in self.layers for lane in layer if not lane.streams)
+        return tuple(sorted({len(lane.heads) for lane in lanes}))
+
+    @property
     def filled(self) -> Fraction:
         """What the heads of all runs take, in heads of tokens alone."""
         streaming = self.num_heads - self.num_retrieval

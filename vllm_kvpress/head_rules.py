@@ -21,42 +21,40 @@ def check_heads_beside(policy: Policy, traits: ScorerTraits) -> None:
     """
     if not policy.heads.splits:
         return
-    if policy.heads.compensation:
-        _check_compensation(policy.evict, policy.quantize)
+    if policy.heads.compensation and policy.quantize is not None:
+        _check_compensation(policy, policy.quantize)
     if policy.evict is not None:
-        _check_evicting_heads(policy.evict, policy.quantize, traits)
-    quantize = policy.quantize
-    if quantize is None or quantize.is_fp8:
+        _check_evicting_heads(policy.evict, traits)
+    quantize, labels = policy.quantize, policy.heads.labels
+    if quantize is None or quantize.is_fp8 or not policy.heads_store or labels is None:
         return
-    if not quantize.packs_on_write or quantize.losers is not None:
+    if not any("1" in row for row in labels):
         raise ConfigError(
-            "heads.plan goes with codecs that pack tokens as they are written only",
-            got=f"keys: {quantize.keys}, residual_tokens: {quantize.residual}, exact_sinks: "
-            f"{str(quantize.exact_sinks).lower()}"
-            + ("" if quantize.losers is None else ", and losers"),
-            allowed="fp8, or keys int8, int4, none without residual_tokens, exact_sinks and losers",
-            fix="Use int8 or int4 and drop those options, or heads.plan all",
+            "nothing would be quantized: streaming heads stay exact beside evict, and beside "
+            "codecs that wait for channel groups or a residual",
+            got=f"a head plan without retrieval heads, keys: {quantize.keys}, values: "
+            f"{quantize.values}",
+            allowed="a plan with retrieval heads; or int8, int4 without residual_tokens, "
+            "exact_sinks and evict, which pack every head",
+            fix="Raise heads.retrieval_ratio, or use such a codec alone",
         )
 
 
-def _check_compensation(evict: Evict | None, quantize: Quantize | None) -> None:
-    """What the token of a streaming head, which stands for the others, takes."""
-    given = {}
-    if quantize is not None:
-        given["quantize"] = f"keys: {quantize.keys}, values: {quantize.values}"
-    if evict is not None:
-        given["evict"] = f"the scorer {shown(evict.scorer.label)}"
-    if given:
-        raise ConfigError(
-            f"heads.compensation does not go with {' and '.join(given)} in this version: it adds "
-            "up keys and values in the model's own numbers",
-            got=", ".join(given.values()),
-            allowed="a head plan with quantize: null and evict: null",
-            fix=f"Set heads.compensation to false, or remove {' and '.join(given)}",
-        )
+def _check_compensation(policy: Policy, quantize: Quantize) -> None:
+    """Streaming heads must stay exact: one token's sums stand for what they drop."""
+    if policy.heads_store and not quantize.is_fp8:
+        return
+    raise ConfigError(
+        "heads.compensation adds up keys and values in the model's own numbers, and this codec "
+        "rounds those of streaming heads, too",
+        got=f"keys: {quantize.keys}, values: {quantize.values}",
+        allowed="quantize: null; or codecs that retrieval heads alone take: those that wait "
+        "(kivi, residual_tokens, exact_sinks), any packed codec beside evict",
+        fix="Set heads.compensation to false, or use such a codec",
+    )
 
 
-def _check_evicting_heads(evict: Evict, quantize: Quantize | None, traits: ScorerTraits) -> None:
+def _check_evicting_heads(evict: Evict, traits: ScorerTraits) -> None:
     """What eviction inside the retrieval heads takes."""
     beside = {
         f"the scorer {shown(evict.scorer.label)}, which keeps a window": traits.selects != "tokens",
@@ -66,17 +64,14 @@ def _check_evicting_heads(evict: Evict, quantize: Quantize | None, traits: Score
             "positions" in traits.needs,
         "evict.when.every_decode_tokens above 0": evict.when.every_decode_tokens > 0,
         "evict.losers: demote": evict.losers != "drop",
-        # To demote is to quantize: said once.
-        "evict and quantize at once": quantize is not None and evict.losers == "drop",
     }  # fmt: skip
     found = [what for what, given in beside.items() if given]
     if found:
         raise ConfigError(
             f"heads.plan does not go with {'; nor with '.join(found)}",
             got=f"the scorer {shown(evict.scorer.label)}, every_decode_tokens: "
-            f"{evict.when.every_decode_tokens}, losers: {evict.losers}"
-            + ("" if quantize is None else f", keys: {quantize.keys}, values: {quantize.values}"),
+            f"{evict.when.every_decode_tokens}, losers: {evict.losers}",
             allowed="in this version a scorer that ranks each head's tokens by keys, values, "
-            "queries, once, at the prompt's end, over the model's own dtype",
+            "queries, once, at the prompt's end, and losers: drop",
             fix="Change that, or set heads.plan to all",
         )

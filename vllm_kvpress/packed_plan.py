@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 from vllm_kvpress.errors import CapacityError
@@ -73,6 +74,11 @@ class PackedPlan(RetentionPlan):
     def unit(self) -> int:
         """Tokens that leave staging together."""
         return math.lcm(self.block_size, self.group_tokens)
+
+    @property
+    def blocks_per_token(self) -> Fraction:
+        """What a generated token takes in the end: in the store."""
+        return Fraction(self.num_kv_heads, self.cells_per_page * self.cell_tokens)
 
     @property
     def exact_tokens(self) -> int:

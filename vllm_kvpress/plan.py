@@ -28,6 +28,7 @@ step, and shapes attention from there on. Managers free its blocks one step late
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_kvpress.errors import CapacityError
@@ -174,6 +175,11 @@ class RetentionPlan:
     def unit(self) -> int:
         """Tokens that leave staging together."""
         return self.block_size
+
+    @property
+    def blocks_per_token(self) -> Fraction:
+        """What a generated token takes in the end."""
+        return Fraction(1, self.block_size)
 
     @property
     def least_budget(self) -> int:

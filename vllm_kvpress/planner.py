@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import fields, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvpress.demoting_plan import DemotingPlan
@@ -73,6 +76,26 @@ def make_plan(
         loser_cell_tokens=loser_cells.cell_tokens if loser_cells else block_size,
         loser_cells_per_page=loser_cells.cells_per_page(page_bytes) if loser_cells else 1,
     )
+
+
+def widest_plan(plans: Iterable[RetentionPlan]) -> RetentionPlan:
+    """Returns the plan of those lanes, of one policy, whose store takes the most blocks.
+
+    Lanes of a cache group share a block table but differ in their KV heads, and a page of two heads
+    may hold five cells where one of a single head holds two.
+
+    Args:
+        plans: One for each number of heads; all alike but for their cells.
+    """
+
+    def blocks_per_cell(plan: RetentionPlan) -> float | Fraction:
+        if not isinstance(plan, PackedPlan):
+            return 0
+        if not plan.cells_per_page:
+            return math.inf  # what `check` refuses
+        return Fraction(plan.num_kv_heads, plan.cells_per_page)
+
+    return max(plans, key=blocks_per_cell)
 
 
 def _group_tokens(codecs: Codecs) -> int:

@@ -54,7 +54,7 @@ def test_policies_prints_a_line_each_with_the_paper(run):
 
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert len(lines) == 19
+    assert len(lines) == 20
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert re.search(r"^snapkv +.*\[arXiv 2404\.14469, SnapKV", out, re.MULTILINE)
 
@@ -299,6 +299,27 @@ def test_explain_counts_heads_that_evict_beside_heads_that_stream(run):
     assert "Retrieval heads hold" not in none
 
 
+def test_explain_counts_packed_stores_of_retrieval_heads(run, tmp_path):
+    file = tmp_path / "labels.yaml"
+    # Lanes of one head and of two; int8 cells of 2,176 bytes for 16 tokens of a head.
+    labels = "heads: {plan: inline, labels: ['0001', '1100', '0000', '0001']}"
+    file.write_text(f"base: snapkv\nquantize: {{keys: int8, values: int8}}\n{labels}\n")
+    words = ("--model", "testbed", "--prompt-tokens", "3000", "--block-size", "32")
+
+    code, out, err = run("explain", str(file), *words)
+
+    assert (code, err) == (0, "")
+    # A page of one head, 8,192 bytes, holds 3 cells; one of two heads 7, for 3.5 of each.
+    assert figures(out, "bytes per further token") == [4096, 4 * 8192 // (3 * 16)]
+    # 1,024 of the prompt with its open block of 24 tokens; at 3,256 tokens 24 are open.
+    cells = (1024 - 24 + 256) // 16 + 1
+    blocks = -(-cells // 3) + 1 + 3 * (1 + 2 + 1)
+    held = blocks * 4 * 8192 / 2**20
+    assert re.search(rf"memory while it generates +12.8 MiB +{held:.1f} MiB", out)
+    assert "up to 31 more; streaming heads" in out
+    assert "quantized once" in out
+
+
 def test_explain_counts_a_head_plan_on_each_rank(run, tmp_path):
     """Rank 1 has all retrieval heads: rank 0 promotes as many."""
     file = tmp_path / "labels.yaml"
@@ -506,12 +527,3 @@ def test_explain_refuses_packed_blocks_beside_sliding_window_layers(run, model):
 
     assert (code, out) == (2, "")
     assert "16 layers with a sliding window" in err
-
-
-def test_explain_refuses_heads_that_evict_over_an_fp8_cache_as_the_engine_does(run):
-    words = ("--model", "testbed", "--", "--kv-cache-dtype", "fp8")
-    code, _, err = run("explain", "duo-snapkv:plan=random", *words)
-
-    assert code == 2
-    assert "heads.plan with evict is not run over an fp8 cache" in err
-    assert run("explain", "duo:plan=random", *words)[0] == 0

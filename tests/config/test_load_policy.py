@@ -20,6 +20,7 @@ NAMES = [
         "duo",
         "duo-int4",
         "duo-snapkv",
+        "duo-snapkv-int4",
         "int4",
         "int8",
         "keydiff",
@@ -42,6 +43,7 @@ NAMES = [
 ]
 KNORM = {"scorer": {"name": "knorm"}, "budget": {"tokens": 100}}
 PACKED = {"keys": "int4", "values": "int4"}
+FP8 = {"keys": "fp8", "values": "fp8"}
 WINDOWED = {"base": "streaming_llm", "evict": {"scorer": {"prefill": "windowed"}}}
 
 
@@ -250,6 +252,10 @@ WRONG = [
     ),
     ("duo-int4:keys=fp8", ["quantize mixes fp8 with a packed codec"]),
     (
+        {"base": "duo-int4", "quantize": {"losers": {}}},
+        ["quantize.losers is the precision of what a scorer rejects", "without evict"],
+    ),
+    (
         {"quantize": {"keys": "kivi2", "values": "int4", "rotate": "keys"}},
         ["quantize.rotate", "int8 or int4"],
     ),
@@ -420,32 +426,12 @@ WRONG_TOGETHER = [
         ["heads.plan does not go with evict.losers: demote"],
     ),
     (
-        {"base": "duo-snapkv", "heads": {"compensation": True}},
-        ["heads.compensation does not go with evict", "the scorer 'snapkv'"],
+        {"base": "kivi2", "heads": {"plan": "inline", "labels": ["00", "00"]}},
+        ["nothing would be quantized", "without retrieval heads, keys: kivi2", "int8, int4"],
     ),
     (
-        {"base": "duo-snapkv", "quantize": PACKED},
-        ["heads.plan does not go with evict and quantize at once", "heads.plan to all"],
-    ),
-    (
-        {"base": "duo-snapkv", "quantize": {"keys": "fp8", "values": "fp8"}},
-        ["heads.plan does not go with evict and quantize at once"],
-    ),
-    (
-        {"base": "kivi4", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
-        ["heads.plan goes with codecs that pack", "keys: kivi4, residual_tokens: 128", "int8"],
-    ),
-    (
-        {"base": "duo-int4", "quantize": {"residual_tokens": 32}},
-        ["heads.plan goes with codecs that pack", "residual_tokens: 32", "drop those options"],
-    ),
-    (
-        {"base": "duo-int4", "quantize": {"exact_sinks": True}},
-        ["heads.plan goes with codecs that pack", "exact_sinks: true"],
-    ),
-    (
-        {"base": "duo-int4", "quantize": {"losers": {}}},
-        ["heads.plan goes with codecs that pack", "and losers"],
+        {"base": "snapkv-int4", "heads": {"plan": "inline", "labels": ["00", "00"]}},
+        ["nothing would be quantized", "beside evict", "keys: int4"],
     ),
     (
         {
@@ -453,13 +439,17 @@ WRONG_TOGETHER = [
             "heads": {"compensation": True},
             "quantize": {"keys": "fp8", "values": "fp8"},
         },
-        ["heads.compensation does not go with quantize", "got keys: fp8", "quantize: null"],
+        ["heads.compensation adds up keys", "got keys: fp8", "quantize: null"],
+    ),
+    (
+        {"base": "duo-int4", "heads": {"compensation": True}},
+        ["heads.compensation adds up keys", "got keys: int4", "residual_tokens, exact_sinks"],
+    ),
+    (
+        {"base": "duo-snapkv", "heads": {"compensation": True}, "quantize": FP8},
+        ["heads.compensation adds up keys", "got keys: fp8"],
     ),
     # What is wrong at once is told at once.
-    (
-        {"base": "duo-snapkv", "heads": {"compensation": True}, "quantize": PACKED},
-        ["does not go with quantize and evict", "keys: ", "the scorer 'snapkv'"],
-    ),
     (
         {
             **WINDOWED,

@@ -269,12 +269,13 @@ class Engine:
 
     def _watch_events(self) -> None:
         from vllm_kvpress.integration.head_attention import figures_of
-        from vllm_kvpress.integration.head_evict import run_runtimes
+        from vllm_kvpress.integration.head_stores import head_runs
 
         if getattr(self.runtime, "events", None) is not None:
             self.runtime.events.observer = self._observe
         figures = figures_of(self.runner.vllm_config)
-        for of_run in run_runtimes(self.runner.vllm_config).values():
+        runs = head_runs(self.runner.vllm_config)
+        for of_run in runs.runtimes.values() if runs is not None else ():
             for events in of_run.events.runners:
                 heads = {
                     pages.layer_idx: lane.heads

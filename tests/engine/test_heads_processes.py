@@ -11,6 +11,8 @@ from engine.test_heads import CHUNK, PLANS, check, check_blocks
 from engine.test_heads_evict import CASES as EVICTING
 from engine.test_heads_evict import check as check_evicting
 from engine.test_heads_packed import CASES as PACKED
+from engine.test_heads_stores import CASES as STORING
+from engine.test_heads_stores import check as check_storing
 from engine.test_packed_lane import check as check_written
 from engine.test_processes import OUTPUTS, PREEMPTIONS, RUNNER, on_two_ranks
 
@@ -69,6 +71,21 @@ def test_heads_that_evict_under_model_runner_v2(name, asynchronous, tiny, dense,
     assert report.in_flight == (2 if asynchronous else 1)
     for traces in report.traces.values():
         check_evicting(traces, dense, row)
+    assert sum(trace.preemptions for trace in report.traces["forced"]) >= 3
+    assert sum(bool(trace.kept[0]) for trace in report.traces["mixed"]) >= 5
+
+
+def test_packed_stores_of_retrieval_heads_under_model_runner_v2(tiny, dense, tmp_path):
+    row = STORING["straddling-snapkv-int8"]
+    one = job(tiny, row, runner="v2", asynchronous=True)
+    one.options["num_gpu_blocks_override"] = 225
+
+    report = in_child(one, tmp_path)
+
+    assert RUNNER["v2"] in report.runner
+    assert report.in_flight == 2
+    for traces in report.traces.values():
+        check_storing(traces, dense, row)
     assert sum(trace.preemptions for trace in report.traces["forced"]) >= 3
     assert sum(bool(trace.kept[0]) for trace in report.traces["mixed"]) >= 5
 
@@ -134,3 +151,15 @@ def test_heads_that_evict_on_two_ranks(tiny, dense, tmp_path):
         assert compare(trace, dense, row.rule, own=True).agrees(), len(trace.prompt)
     wrong = replace(row.rule, labels=SPLIT)
     assert compare(traces[LENGTHS.index(411)], dense, wrong, own=True).error > FELT
+
+
+def test_packed_stores_of_retrieval_heads_on_two_ranks(tiny, dense, tmp_path):
+    row = replace(STORING["straddling-snapkv-int8"], plan=SPLIT_PLAN)
+
+    traces = on_two_ranks(tiny, row.policy, tmp_path)
+
+    for trace in traces:
+        assert compare(trace, dense, row.rule, own=True).error < INT8_TOLERANCE, len(trace.prompt)
+    longest = traces[LENGTHS.index(411)]
+    for wrong in (replace(row.rule, labels=SPLIT), replace(row.rule, scorer="full")):
+        assert compare(longest, dense, wrong, own=True).error > 2 * INT8_TOLERANCE

@@ -1,4 +1,4 @@
-"""Eviction inside retrieval heads in the simulation: staging, store and queries for each run."""
+"""Stores inside retrieval heads in the simulation: staging, store and queries for each run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from managers.heads import HeadWorker
+from managers.packed_worker import PackedWorker
 from managers.scheduler import LANES, Simulation
 from managers.worker import Run, Worker
 from vllm_kvpress.head_groups import HeadLane
 from vllm_kvpress.integration.head_lanes import lane_spec
 from vllm_kvpress.integration.lanes import StagingSpec, private_lanes
+from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import RetentionPlan
 from vllm_kvpress.window_plan import WindowPlan
 
@@ -116,12 +118,17 @@ class RunWorker(Worker):
         return super().read(block, f"{kind}{self.number}", slot)
 
 
+class PackedRunWorker(RunWorker, PackedWorker):
+    """The worker of one run whose store is packed."""
+
+
 class EvictingHeadWorker(HeadWorker):
     """All runs: events of every run before any of a step's tokens."""
 
     def __init__(self, plan, owned):
         super().__init__(plan, owned)
-        self.workers = [RunWorker(self, number) for number in range(plan.retrieval)]
+        worker_cls = PackedRunWorker if isinstance(plan.retention, PackedPlan) else RunWorker
+        self.workers = [worker_cls(self, number) for number in range(plan.retrieval)]
 
     def execute(self, steps):
         views = [[(w.view(run), start, end) for run, start, end in steps] for w in self.workers]

@@ -6,37 +6,14 @@ One KV head stands for all: the cells of the others lie beside its own, and are 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 from managers.worker import Pending, Run, Worker
 
 KIND = {"store": "cell", "demoted": "loser's cell"}
 
 
-@dataclass
-class PackedPending(Pending):
-    """An event, and where the step began that made it due."""
-
-    start: int = 0
-
-
 class PackedWorker(Worker):
     """Executes steps in order; stores hold cells of several tokens."""
-
-    def execute(self, steps) -> None:
-        pending, self.pending = self.pending, []
-        for event in pending:
-            self.run_event(event)
-        for run, start, end in steps:
-            event = self.plan.due_event(run.num_prompt_tokens, start, end)
-            if event:
-                tables = {lane: list(ids) for lane, ids in run.tables.items()}
-                before = self.plan.layout(run.num_prompt_tokens, start)
-                self.pending.append(PackedPending(run, event, before, tables, start))
-        for run, start, end in steps:
-            self.write_tokens(run, start, end)
-        for run, start, end in steps:
-            self.attend(run, start, end)
 
     def attend(self, run: Run, start: int, end: int) -> None:
         layout = self.plan.layout(run.num_prompt_tokens, start)
@@ -77,7 +54,7 @@ class PackedWorker(Worker):
             cell = index // tokens * plan.num_kv_heads + head
             yield tables[lane][cell // per_page], (cell % per_page, index % tokens)
 
-    def run_event(self, pending: PackedPending) -> None:
+    def run_event(self, pending: Pending) -> None:
         run, plan = pending.run, self.plan
         alive = self.live.get(run.request_id) is run
         self.counts["events" if alive else "stale"] += 1

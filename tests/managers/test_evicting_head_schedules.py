@@ -1,4 +1,4 @@
-"""Random schedules of head plans whose retrieval heads evict, over vLLM's own managers."""
+"""Random schedules of head plans whose retrieval heads have stores, over vLLM's own managers."""
 
 from collections import Counter
 
@@ -9,12 +9,14 @@ pytest.importorskip("vllm")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan.simulation import plans
+from plan.test_packed_plan import plans as packed_plans
 
 from managers.heads_evicting import EvictingHeads, EvictingHeadSimulation, least_pool_of
 from managers.test_head_schedules import BUDGET, STEPS
 from managers.test_schedules import LONGEST, REQUESTS, play, play_alone
 
 TOTALS: Counter[str] = Counter()
+PLANS = st.one_of(plans(stores=(True,)), packed_plans())
 RUNS = st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)])
 
 
@@ -24,7 +26,7 @@ def heads(retention, runs, in_flight):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    plans(stores=(True,)),
+    PLANS,
     RUNS,
     REQUESTS,
     STEPS,
@@ -52,7 +54,7 @@ def test_the_schedules_above_met_every_case():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    plans(stores=(True,)),
+    PLANS,
     RUNS,
     st.integers(1, 40),
     st.integers(1, 16),

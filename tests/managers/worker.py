@@ -39,12 +39,13 @@ class Run:
 
 @dataclass
 class Pending:
-    """An event that is due: block ids and what they held when it became due."""
+    """An event that is due: block ids, and what they held when the step began that made it so."""
 
     run: Run
     event: int
     before: tuple[int, int]
     tables: dict[str, list[int]]
+    start: int
 
 
 class Worker:
@@ -78,7 +79,7 @@ class Worker:
             if event:
                 tables = {lane: list(ids) for lane, ids in run.tables.items()}
                 before = self.plan.layout(run.num_prompt_tokens, start)
-                self.pending.append(Pending(run, event, before, tables))
+                self.pending.append(Pending(run, event, before, tables, start))
 
     def forward(self, steps) -> None:
         """Writes the step's tokens and reads what their attention reads."""

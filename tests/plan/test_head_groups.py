@@ -172,3 +172,14 @@ def test_a_request_s_bytes_follow_the_share_of_retrieval_heads(ratio):
     window = (64 + 256 + 16) / 32768
     assert held / full == pytest.approx(ratio + (1 - ratio) * window, abs=0.001)
     assert figures.requests_at_once(10 * full, 32768 - 256, 256) >= int(0.95 * 10 * full / held) - 1
+
+
+@settings(max_examples=200)
+@given(labels(), st.sampled_from([1, 2, 4]))
+def test_retrieval_lanes_of_every_rank_have_the_sizes_told(plan, num_ranks):
+    for rank in range(num_ranks):
+        groups = group_heads(plan, num_ranks, rank)
+
+        sizes = {len(lane.heads) for lanes in groups.layers for lane in lanes if not lane.streams}
+        assert groups.retrieval_sizes == tuple(sorted(sizes))
+        assert groups.retrieval_sizes == group_heads(plan, num_ranks, 0).retrieval_sizes

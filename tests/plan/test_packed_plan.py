@@ -1,5 +1,6 @@
 """The plan of packed stores, against a request that is followed token by token."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ from vllm_kvpress.errors import CapacityError
 from vllm_kvpress.layout import PackedFormat, SideFormat
 from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.plan import Layout
-from vllm_kvpress.planner import make_plan
+from vllm_kvpress.planner import make_plan, widest_plan
 from vllm_kvpress.policies import resolve
 
 CHUNKS = st.lists(st.integers(1, 40), max_size=6)
@@ -295,3 +296,33 @@ def test_a_block_of_packed_tokens_holds_whole_cells():
 
     with pytest.raises(CapacityError, match="got --block-size 24; allowed: multiples of 16"):
         on_write(24).check()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    plans(),
+    st.lists(st.tuples(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=5),
+    st.integers(0, 400),
+)
+def test_lanes_with_one_block_table_hold_what_the_neediest_of_them_does(plan, sizes, num_tokens):
+    lanes = [
+        dataclasses.replace(plan, num_kv_heads=heads, cells_per_page=cells)
+        for heads, cells in sizes
+    ]
+
+    shared = widest_plan(lanes)
+
+    assert shared in lanes
+    assert shared.pages(num_tokens) == max(lane.pages(num_tokens) for lane in lanes)
+
+
+def test_a_lane_whose_page_holds_no_cell_is_refused():
+    policy = load_policy("kivi2")
+    plan = make_plan(policy, resolve(policy), block_size=16)
+    lanes = [
+        dataclasses.replace(plan, num_kv_heads=heads, cells_per_page=cells)
+        for heads, cells in ((1, 0), (2, 1), (8, 3))
+    ]
+
+    with pytest.raises(CapacityError, match="smaller than one packed cell"):
+        widest_plan(lanes).check()

@@ -98,7 +98,7 @@ class PackedRun(Run):
         for first in range(behind, self.rule.closed(end), self.rule.unit):
             closing = torch.arange(first, first + self.rule.unit)
             for layer in self.layers:
-                for head in range(self.model.num_kv_heads):
+                for head in self.evicting_heads(layer):
                     self._round(layer, head, closing)
         return logprobs
 
@@ -106,7 +106,7 @@ class PackedRun(Run):
         rule, prompt = self.rule, self.prompt_len
         first, closed, count = rule.first, rule.closed(prompt), rule.survivors(prompt)
         for layer in self.layers:
-            for head in range(self.model.num_kv_heads):
+            for head in self.evicting_heads(layer):
                 positions = torch.arange(prompt)
                 kept = positions[first:closed].tolist()
                 if count < closed - first:

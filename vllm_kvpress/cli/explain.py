@@ -1,6 +1,7 @@
 """`vllm-kvpress explain`: what a policy keeps and frees on a model; figures from the plan."""
 
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -109,10 +110,11 @@ def explain(
         step_tokens = size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
         head_bytes = (full_cache.bytes_per_head, _head_bytes(plan, cache, cells))
         window = WindowPlan.from_policy(policy, block_size)
-        retention = None if policy.evict is None else plan
+        of_lane = partial(_lane_plan, policy, scorer, model_shape, cache)
+        retention_of = of_lane if policy.heads_store else None
         num_ranks = ranks_of(options, model_shape)
         figures = HeadFigures.of(
-            heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens, retention, num_ranks
+            heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens, retention_of, num_ranks
         )
         lengths = (num_prompt, num_output)
         explain_heads(console, policy, heads, figures, head_bytes, lengths, num_ranks)
@@ -191,6 +193,16 @@ def _plan(
     )
     plan.check()
     return plan
+
+
+def _lane_plan(
+    policy: Policy, scorer: Scorer, shape: ModelShape, cache: CacheShape, num_kv_heads: int
+) -> RetentionPlan:
+    """Returns the plan of a lane of so many of a layer's KV heads."""
+    num_heads = shape.num_heads // shape.num_kv_heads * num_kv_heads
+    shape = replace(shape, num_kv_heads=num_kv_heads, num_heads=num_heads)
+    lane = replace(cache, num_kv_heads=num_kv_heads)
+    return _plan(policy, scorer, shape, lane, _cells(policy, shape, lane))
 
 
 def _head_bytes(plan: RetentionPlan, cache: CacheShape, cells: dict[str, PackedFormat]) -> int:
@@ -280,6 +292,7 @@ def _add_precision(table: Table, policy: Policy, plan: RetentionPlan, cache: Cac
     )
     exact += f" and up to {plan.unit - 1} more"
     exact += f", and the first {plan.exact_tokens}" if plan.exact_tokens else ""
+    exact += "; streaming heads" if policy.heads.splits else ""
     table.add_row("exact", exact)
 
 

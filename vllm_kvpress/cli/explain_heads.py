@@ -63,7 +63,8 @@ def explain_heads(
     if figures.keeps_all(num_prompt, num_output):
         advice = "Such a request is within the window: nothing of it is evicted."
     elif figures.retention is not None and groups.runs.retrieval:
-        advice += " Retrieval heads hold the whole prompt until it ends, then their budget."
+        then = "their budget" if figures.retention.evicts_tokens else "it is packed"
+        advice += f" Retrieval heads hold the whole prompt until it ends, then {then}."
     console.print(advice + "\n", soft_wrap=True)
 
 
@@ -112,7 +113,7 @@ def _table(
         (
             "bytes per further token",
             full_block,
-            int(groups.width * groups.runs.retrieval * head_bytes[1]),
+            int(figures.blocks_per_token * block),
         ),
         (
             "memory at most",

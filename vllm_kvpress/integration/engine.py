@@ -200,14 +200,15 @@ def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         original(self, kv_cache_config, is_profiling, **kwargs)
         from vllm_kvpress.integration.head_attention import figures_of
-        from vllm_kvpress.integration.head_evict import run_runtimes
         from vllm_kvpress.integration.head_lanes import stock_blocks
+        from vllm_kvpress.integration.head_stores import head_runs
         from vllm_kvpress.integration.lanes import staging_in
         from vllm_kvpress.integration.summary import head_note, log_summary
         from vllm_kvpress.integration.worker import find_runtime
 
         num_blocks = self.kv_cache_config.num_blocks
-        for of_run in run_runtimes(self.vllm_config).values():
+        runs = head_runs(self.vllm_config)
+        for of_run in runs.runtimes.values() if runs is not None else ():
             of_run.attach(self)
         figures = figures_of(self.vllm_config)
         if figures is not None and not is_profiling:

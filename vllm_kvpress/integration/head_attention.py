@@ -33,15 +33,16 @@ from vllm_kvpress.config import Policy
 from vllm_kvpress.head_figures import HeadFigures
 from vllm_kvpress.head_groups import HeadGroups, HeadLane, group_heads
 from vllm_kvpress.integration.head_compensation import compensated_impl, step_of
-from vllm_kvpress.integration.head_evict import (
-    RunRuntime,
-    evicting_part,
-    evicting_spec,
-    join_run,
-    run_runtimes,
-)
 from vllm_kvpress.integration.head_lanes import HeadLaneSpec, StreamSpec, lane_spec
 from vllm_kvpress.integration.head_packed import packed_part
+from vllm_kvpress.integration.head_stores import (
+    HeadRuns,
+    RunRuntime,
+    head_runs,
+    join_run,
+    storing_part,
+    storing_spec,
+)
 from vllm_kvpress.integration.lanes import LaneSpec, packed_spec
 from vllm_kvpress.integration.plugin import policy_of
 from vllm_kvpress.integration.skipped import block_outermost
@@ -57,12 +58,12 @@ def head_backend(inner: type[AttentionBackend], policy: Policy) -> dict[str, Any
     """Returns the members of a subclass of `inner` that keeps what the head plan keeps."""
     inner_impl = part_impl = inner.get_impl_cls()
     members: dict[str, Any] = {}
-    if policy.packs_on_write:
+    if policy.heads_store:
+        part_impl = storing_part(inner_impl)
+    elif policy.packs_on_write:
         assert policy.quantize is not None
         part_impl = packed_part(inner_impl, policy.quantize)
         members["forward_includes_kv_cache_update"] = False
-    elif policy.evict is not None:
-        part_impl = evicting_part(inner_impl)
     impl_cls = _head_impl(inner_impl, part_impl, policy)
     builder_cls = _head_builder(inner.get_builder_cls())
     layouts = block_outermost(inner)
@@ -109,12 +110,11 @@ def _head_impl(inner_impl: type[Any], part_impl: type[Any], policy: Policy) -> t
             self._vllm_config = get_current_vllm_config()
             self.head_groups = _shared_groups(self._vllm_config, policy)
             self.parts: list[LanePart] = []
-            if policy.evict is not None:
-                known = run_runtimes(self._vllm_config)
-                self.run_runtimes = known or {
-                    run: RunRuntime(resolve(policy), self._vllm_config, run)
-                    for run in range(self.head_groups.runs.retrieval)
-                }
+            if policy.heads_store:
+                runs = range(self.head_groups.runs.retrieval)
+                self.head_runs = head_runs(self._vllm_config) or HeadRuns(
+                    {run: RunRuntime(resolve(policy), self._vllm_config, run) for run in runs}
+                )
 
         def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
             super().process_weights_after_loading(act_dtype)
@@ -193,16 +193,22 @@ def _head_builder(inner_builder: type[Any]) -> type[Any]:
             fast_build: bool = False,
         ) -> Any:
             spec, common = self.kv_cache_spec, common_attn_metadata
-            query_window = compensation = None
+            query_window = compensation = stores = None
+            runs = head_runs(self.vllm_config)
+            if isinstance(spec, StreamSpec) and runs is not None:
+                runs.clear_streaming(spec.run, common, spec.block_size)
             if isinstance(spec, StreamSpec) and spec.window.compensates:
                 compensation = step_of(spec.window, common)  # all that these lanes read
             elif isinstance(spec, StreamSpec):
                 common = window_metadata(spec.window, common)
             elif isinstance(spec, LaneSpec):
-                step = run_runtimes(self.vllm_config)[spec.run].begin_step(common)
-                common, query_window = step.common, step.query_window
+                assert runs is not None
+                assert spec.run is not None
+                step = runs.begin_step(spec.run, common)
+                common, query_window, stores = step.common, step.query_window, step.packed
             metadata = super().build(common_prefix_len, common, fast_build)
             metadata.kv_query_window = query_window
+            metadata.kv_stores = stores
             metadata.kv_packed = common  # what packed lanes go by
             metadata.kv_compensation = compensation
             return metadata
@@ -267,8 +273,8 @@ def figures_of(vllm_config: VllmConfig) -> HeadFigures | None:
         return None
     block_size = vllm_config.cache_config.block_size
     window = WindowPlan.from_policy(policy, block_size)
-    runtimes = run_runtimes(vllm_config)
-    retention = runtimes[0].plan if runtimes else None
+    runs = head_runs(vllm_config)
+    retention = runs.runtimes[0].plan if runs is not None and runs.runtimes else None
     steps = vllm_config.scheduler_config.max_num_batched_tokens
     return HeadFigures(groups, window, steps, retention)
 
@@ -312,11 +318,12 @@ def _add_lanes(
             stock: AttentionSpec = inner_customize(stock_spec_of(config))
             window = WindowPlan.from_policy(policy, stock.block_size)
             spec = lane_spec(stock, lane, window, config)
+            if policy.heads_store:
+                sizes = impl.head_groups.retrieval_sizes
+                return storing_spec(spec, policy, sizes, group, config)
             if policy.packs_on_write:
                 assert policy.quantize is not None
                 return packed_spec(spec, policy.quantize)
-            if policy.evict is not None:
-                return evicting_spec(spec, policy, group * len(lane.heads), config)
             return spec
 
         compensated = lane.streams and policy.heads.compensation
@@ -329,7 +336,7 @@ def _add_lanes(
         else:
             layer.get_kv_cache_spec = spec_of
         parts.append(LanePart(lane, part, owner, part_name, group))
-        if policy.evict is not None and not lane.streams:
+        if policy.heads_store:
             join_run(lane, part_name, layer, owner, part, spec_of(vllm_config))
     # Builders size their scratch by the heads of a layer's impl: those of the layer's own lane.
     impl.num_heads, impl.num_kv_heads = parts[0].impl.num_heads, parts[0].impl.num_kv_heads

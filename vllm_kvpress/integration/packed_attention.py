@@ -9,7 +9,7 @@ is computed here for all its requests.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +47,31 @@ class PackedStep:
 
     common: CommonAttentionMetadata
     parts: tuple[CellPart, ...]
+
+
+class StoreAttention(Protocol):
+    """Attention over packed stores and staging, in any form."""
+
+    def step(
+        self,
+        common: CommonAttentionMetadata,
+        tables: dict[str, torch.Tensor],
+        num_tokens: dict[str, np.ndarray],
+    ) -> Any:
+        """Returns what attention reads in a step; see `PackedAttention.step`."""
+        ...
+
+    def attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        step: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Writes a layer's attention output; see `PackedAttention.attend`."""
+        ...
 
 
 class PackedAttention:

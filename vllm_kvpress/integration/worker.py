@@ -28,7 +28,7 @@ from vllm_kvpress.integration.compat import Rows, rows_of, skip_slot_mappings
 from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
 from vllm_kvpress.integration.lanes import PrivateSpec, plan_in
 from vllm_kvpress.integration.packed import PackedEventRunner
-from vllm_kvpress.integration.packed_attention import PackedAttention, PackedStep
+from vllm_kvpress.integration.packed_attention import StoreAttention
 from vllm_kvpress.integration.packed_lane import PackedLane
 from vllm_kvpress.integration.pages import PageMap, flat_pages
 from vllm_kvpress.integration.skipped import SkippedSpec
@@ -40,11 +40,18 @@ from vllm_kvpress.policies import Scorer
 
 @dataclass(frozen=True)
 class Step:
-    """What the stock builder is given, and the query rows to keep."""
+    """What the stock builder is given, and the query rows to keep.
+
+    Attributes:
+        common: Physical metadata.
+        query_window: Which queries belong to an observation window, if any are kept.
+        packed: What attention over packed cells goes by, where the step has any: `common` itself
+            where staging is packed, else the step of a `StoreAttention`.
+    """
 
     common: CommonAttentionMetadata
     query_window: QueryWindow | None
-    packed: PackedStep | CommonAttentionMetadata | None = None
+    packed: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +116,10 @@ class LaneRuntime:
         self.plan: RetentionPlan | None = None
         self._runner: weakref.ref[Any] | None = None
         self.events: Events | None = None
-        self.packed: PackedAttention | PackedLane | None = None
+        self.packed: StoreAttention | PackedLane | None = None
         self._pages: list[torch.Tensor] = []
         # Of each group of skipped layers, by its first layer: tokens in a block, and the pages.
         self._skipped_pages: dict[str, tuple[int, list[torch.Tensor]]] = {}
-        # Whether a private lane leaves bytes that staging, read in its own dtype, takes for NaN.
         self._foreign_bytes = False
         self._physical: PhysicalTables | None = None
         self._steady: SteadyBatch | None = None
@@ -158,14 +164,9 @@ class LaneRuntime:
                 flat = [flat_pages(cache) for cache in caches]
                 self._skipped_pages[group.layer_names[0]] = caches[0].shape[2], flat
         quantized = self._pages[0].dtype != dtype
-        self._foreign_bytes = bool(
-            isinstance(plan, PackedPlan)
-            or plan.positions_per_block
-            or (quantized and plan.query_window)
-        )
+        self._foreign_bytes = foreign_bytes(plan, quantized)
         if page_map is not None:
-            runner_cls = PackedEventRunner if isinstance(plan, PackedPlan) else EventRunner
-            self.events = runner_cls(plan, self.scorer, page_map, pages, self.vllm_config)
+            self.events = event_runner(plan, self.scorer, page_map, pages, self.vllm_config)
             self.packed = getattr(self.events, "attention", None)
         elif plan.packs_on_write:
             self.packed = PackedLane(self.vllm_config, pages)
@@ -195,14 +196,18 @@ class LaneRuntime:
                     fix="Report this with the model's name: its layers were grouped unevenly",
                 )
 
-    def begin_step(self, common: CommonAttentionMetadata) -> Step:
-        """Returns the physical metadata of a step that is about to run."""
-        assert self._physical is not None
-        assert self.plan is not None
+    def run_pending(self) -> None:
+        """Runs the events that are due."""
         if self.pending:
             assert self.events is not None
             pending, self.pending = self.pending, []
             self.events.run(pending)
+
+    def begin_step(self, common: CommonAttentionMetadata) -> Step:
+        """Returns the physical metadata of a step that is about to run."""
+        assert self._physical is not None
+        assert self.plan is not None
+        self.run_pending()
         rows = rows_of(self._runner() if self._runner else None, common)
         if rows is None:
             return self.capture_step(common)
@@ -233,9 +238,9 @@ class LaneRuntime:
         is gone may have written into a block that has a new owner.
         """
         assert self.plan is not None
-        _clear_fresh(rows, self.plan.block_size, common.block_table_tensor, self._pages)
+        clear_fresh(rows, self.plan.block_size, common.block_table_tensor, self._pages)
         for name, (size, pages) in self._skipped_pages.items():
-            _clear_fresh(rows, size, self.skipped_tables[name], pages)
+            clear_fresh(rows, size, self.skipped_tables[name], pages)
 
     def _step(
         self,
@@ -245,7 +250,7 @@ class LaneRuntime:
     ) -> Step:
         assert self._physical is not None
         store = self.tables.get("kv_store")
-        if not isinstance(self.packed, PackedAttention):
+        if self.packed is None or isinstance(self.packed, PackedLane):
             return self._whole(self._physical.replace(common, layout, store), window)
         # The head of a physical table are the exact sinks, which staging holds.
         physical = self._physical.replace(common, layout, None)
@@ -290,7 +295,38 @@ class LaneRuntime:
                 )
 
 
-def _clear_fresh(rows: Rows, size: int, table: torch.Tensor, pages: list[torch.Tensor]) -> None:
+def event_runner(
+    plan: RetentionPlan,
+    scorer: Scorer,
+    page_map: PageMap,
+    layers: list[LayerPages],
+    vllm_config: VllmConfig,
+) -> EventRunner:
+    """Returns what runs the events of a plan that has a store; arguments as of `EventRunner`."""
+    runner_cls = PackedEventRunner if isinstance(plan, PackedPlan) else EventRunner
+    return runner_cls(plan, scorer, page_map, layers, vllm_config)
+
+
+def foreign_bytes(plan: RetentionPlan, quantized: bool) -> bool:
+    """Whether a private lane leaves bytes that another lane, in its own dtype, takes for NaN.
+
+    Args:
+        plan: The retention plan.
+        quantized: Whether the cache's dtype is not the model's.
+    """
+    packs = isinstance(plan, PackedPlan)
+    return bool(packs or plan.positions_per_block or (quantized and plan.query_window))
+
+
+def clear_fresh(rows: Rows, size: int, table: torch.Tensor, pages: list[torch.Tensor]) -> None:
+    """Zeroes the blocks that a step begins and leaves partly empty.
+
+    Args:
+        rows: Its requests.
+        size: Tokens in a block.
+        table: Logical block ids, int32 [num_reqs, max_blocks].
+        pages: Of each layer, [num_blocks, page_elements].
+    """
     last = (rows.ends - 1) // size
     fresh = np.flatnonzero((rows.ends % size != 0) & (rows.starts <= last * size))
     if len(fresh):
@@ -311,7 +347,8 @@ def find_runtime(vllm_config: VllmConfig, run: int | None = None) -> LaneRuntime
         if run is None:
             runtime = getattr(impl, "lane_runtime", None)
         else:
-            runtime = getattr(impl, "run_runtimes", {}).get(run)
+            head_runs = getattr(impl, "head_runs", None)
+            runtime = None if head_runs is None else head_runs.runtimes.get(run)
         if runtime is not None:
             return runtime  # type: ignore[no-any-return]
     return None
