@@ -144,27 +144,25 @@ def quality_table(results: Results) -> str:
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 
-def codec_quality_table(results: Results) -> str:
+def codec_table(results: Results) -> str:
     """Return what each policy loses against the full cache, answer by answer; a row a policy."""
     records = results.records
     (((task, length), cell),) = by_cell(records).items()
     rows = []
-    diverges = records[-1]["settings"].get("divergence", False)
     for record in cell:
         held = memory_share(records, record)
         rows.append([label(record["policy"]), ratio_text(record["keep_ratio"])])
         rows[-1] += [f"{100 * record['accuracy']:.1f}", difference(cell, record, EVAL_FULL)]
-        rows[-1] += divergence_cells(record) if diverges else ()
+        rows[-1] += divergence_cells(record)
         rows[-1].append("-" if held is None else f"{100 * held:.0f}")
     number = num_prompts(task) * records[-1]["settings"]["limit"]
     note = (
         f"Per cent of {number:,} questions (task `{task}`, {length} tokens, "
         f"{records[-1]['settings']['limit']} documents) answered right, the same for all, greedy, "
         f"and the paired difference in points; ± one standard error over documents. "
-        f"{DIVERGENCE_LEGEND if diverges else ''}{MEMORY_LEGEND} {evaluated(records)}"
+        f"{DIVERGENCE_LEGEND}{MEMORY_LEGEND} {evaluated(records)}"
     )
-    header = ["policy", "kept", "right, %", "minus full cache"]
-    header += ["KL, nats", "same token, %"] if diverges else []
+    header = ["policy", "kept", "right, %", "minus full cache", "KL, nats", "same token, %"]
     header.append("memory, %")
     return f"{markdown_table(header, rows)}\n\n{note}"
 
@@ -273,8 +271,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], str]]] = {
     "quality": ("cpu_quality", read_results, quality_table),
     "tasks": ("cpu_tasks", read_results, quality_table),
     "heads-quality": ("cpu_heads_quality", read_results, quality_table),
-    "codec-quality": ("cpu_codec_quality", read_results, codec_quality_table),
-    "codec-divergence": ("cpu_codec_divergence", read_results, codec_quality_table),
+    "codec-divergence": ("cpu_codec_divergence", read_results, codec_table),
 }
 
 

@@ -8,6 +8,8 @@ import report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+DIVERGENCE = {"kl": 0.5, "standard_error": 0.1, "same_top": 0.75, "tokens": 28, "whole": True}
+
 
 def write_results(folder: Path) -> None:
     folder.mkdir()
@@ -22,6 +24,7 @@ def write_results(folder: Path) -> None:
             **{"policy": policy, "keep_ratio": kept, "task": "needle", "length": 2048},
             **{"scores": scores, "accuracy": sum(scores) / 4, "standard_error": 0.02},
             "blocks": {"peak": 70.0, "steady": float(blocks)},
+            "divergence": None if policy == "full" else dict(DIVERGENCE),
         }
         for policy, kept, scores, blocks in cells
     ]
@@ -56,15 +59,15 @@ def test_the_readme_gets_the_table_between_its_markers(repository):
 
 
 def test_codecs_are_compared_with_the_full_cache_question_by_question(repository):
-    write_results(repository / "results" / "cpu_codec_quality")
-    name = "<!-- results:codec-quality -->"
+    write_results(repository / "results" / "cpu_codec_divergence")
+    name = "<!-- results:codec-divergence -->"
     (repository / "README.md").write_text(f"{name}\n{name.replace('results', '/results')}\n")
 
     assert run(repository).returncode == 0
 
     text = (repository / "README.md").read_text()
-    assert "| full cache | 1 | 100.0 | - | 100 |" in text
-    assert "| `knorm` | 0.25 | 25.0 | -75.0 ± 34.2 | 25 |" in text
+    assert "| full cache | 1 | 100.0 | - | - | - | 100 |" in text
+    assert "| `knorm` | 0.25 | 25.0 | -75.0 ± 34.2 | 0.5 ± 0.1 | 75.0 | 25 |" in text
     assert "Per cent of 4 questions (task `needle`, 2048 tokens, 4 documents)" in text
 
 
