@@ -13,6 +13,7 @@ from engine.recording import RecordingEngine
 from engine.test_demoted import CASES as DEMOTED
 from engine.test_heads import Plan
 from engine.test_heads_packed import Row
+from engine.test_heads_stores import Row as Stored
 from engine.test_packed import CASES as PACKED
 from engine.test_packed_lane import CASES as LANES
 from engine.test_packed_lane import check
@@ -105,3 +106,22 @@ def test_packed_lanes_of_a_head_plan_equal_the_reference(small, monkeypatch):
     model = DenseLlama(small)
     check(traces, model, one.rule)
     assert compare_written(traces[0], model, replace(one.rule, recent=BLOCK))[0] > FELT
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+@pytest.mark.full  # other rows run the same kernels over the same lanes, each half
+def test_stores_of_a_head_plan_equal_the_reference(small, engine_of, monkeypatch):
+    launches = run_by_kernel(monkeypatch)
+    one = Stored(Plan(("10", "01"), (1, 1)), PACKED["snapkv-int4"], (1,))
+    engine = engine_of(one.policy, model=small, num_gpu_blocks_override=100)
+
+    (trace,) = engine.run([random_prompt(254, seed=254)], 9, chunk=CHUNK)
+
+    # A lane of retrieval heads in each layer: survivors, and a block that closes as it generates.
+    assert launches["compact"] == 2 * 2
+    assert launches["window_scores"] == 2
+    assert launches["paged_attention"] == 2 * 8
+    model, rule, tolerance = DenseLlama(small), one.rule, one.packed.tolerance
+    assert compare(trace, model, rule).agrees(tolerance)
+    for wrong in ({"bits": (0, 0)}, {"budget": rule.budget + 32}, {"labels": ("11", "11")}):
+        assert compare(trace, model, replace(rule, **wrong), own=True).error > 2 * tolerance, wrong
