@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from vllm_kvpress.cli import main
-from vllm_kvpress.evaluation.plots import pareto_front, pareto_points
+from vllm_kvpress.evaluation.plots import legend_text, pareto_front, pareto_points
 from vllm_kvpress.evaluation.records import Results, append_record
 from vllm_kvpress.evaluation.tables import floor_lines, not_better_than_floor, report_text
 
@@ -125,3 +125,14 @@ def test_missing_matplotlib_is_one_line_that_names_the_extra(
 
 def test_records_are_plain_json(records):
     assert json.loads(json.dumps(records)) == records
+
+
+def test_legends_are_narrow_and_name_files_without_their_folders():
+    policy = "duo-int4:file=some/where/duo.tsv,sink_tokens=4,recent_tokens=128,keys=kivi2"
+
+    lines = legend_text(policy).split("\n  ")
+
+    assert "".join(lines) == policy.replace("some/where/", "")
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 44
+    assert legend_text("snapkv") == "snapkv"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +18,13 @@ from vllm_kvpress.evaluation.tables import memory_share
 __all__ = ["check_matplotlib", "write_plots"]
 
 _Variant = tuple[str, float | None]
+
+_LEGEND_COLUMNS = 44
+# matplotlib's own, without the grey, which is the floor's.
+_COLOURS = [
+    f"tab:{name}"
+    for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")
+]
 
 
 def check_matplotlib() -> None:
@@ -79,7 +88,17 @@ def _draw_accuracy(pyplot: Any, records: Sequence[Record]) -> Any:
     return figure
 
 
+def legend_text(policy: str) -> str:
+    """Return a policy in lines short enough for a legend, files without their folders."""
+    short = re.sub(r"[^=,:]*/", "", policy)
+    lines = textwrap.wrap(
+        short.replace(",", ", "), _LEGEND_COLUMNS, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n  ".join(line.replace(", ", ",") for line in lines)
+
+
 def _draw_cell(axis: Any, cell: Sequence[Record]) -> None:
+    axis.set_prop_cycle(color=_COLOURS)
     for policy in dict.fromkeys(record["policy"] for record in cell):
         points = [
             (share, record["accuracy"], record["standard_error"])
@@ -93,7 +112,8 @@ def _draw_cell(axis: Any, cell: Sequence[Record]) -> None:
             continue
         places, heights, errors = zip(*sorted(points), strict=True)
         style = {"color": "grey", "linestyle": ":"} if policy == FLOOR else {}
-        axis.errorbar(places, heights, errors, marker="o", capsize=3, label=policy, **style)
+        style |= {"marker": "o", "capsize": 3, "label": legend_text(policy)}
+        axis.errorbar(places, heights, errors, **style)
     axis.set_xlim(0, 1.05)
     axis.set_ylim(-0.05, 1.08)
     axis.grid(alpha=0.3)
@@ -149,10 +169,11 @@ def _draw_pareto(pyplot: Any, records: Sequence[Record]) -> Any:
     if not points:
         return None
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4))
+    axis.set_prop_cycle(color=_COLOURS)
     for policy in dict.fromkeys(policy for policy, _ in points):
         own = [place for variant, place in points.items() if variant[0] == policy]
         marker = {FULL: "s", FLOOR: "x"}.get(policy, "o")
-        axis.scatter(*zip(*own, strict=True), marker=marker, label=policy)
+        axis.scatter(*zip(*own, strict=True), marker=marker, label=legend_text(policy))
     for variant, (memory, accuracy) in points.items():
         if variant[0] != FULL:
             axis.annotate(ratio_text(variant[1]), (memory, accuracy), fontsize=7, alpha=0.7)
