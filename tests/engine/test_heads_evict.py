@@ -41,7 +41,7 @@ CASES = {
     "uneven-keydiff": Row(PLANS["uneven"], evicting("keydiff", recent=RECENT, keep_ratio=0.4)),
     "one-snapkv": Row(PLANS["one"], EVICTING["snapkv"]),
 }
-QUICK = ("even-snapkv", "straddling-knorm")
+QUICK = ("even-snapkv",)  # lanes of several sizes: test_heads_stores.py
 ROWS = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.full, id=name) for name in CASES
 ]

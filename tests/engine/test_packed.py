@@ -113,7 +113,7 @@ CASES = {
         exact_sinks=True,
     ),
 }
-FAST = ("kivi2", "int8-int4", "none", "snapkv-int4", "snapkv-kivi2")
+FAST = ("kivi2", "int8-int4", "snapkv-int4", "snapkv-kivi2")
 ROWS = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.full, id=name) for name in CASES
 ]
