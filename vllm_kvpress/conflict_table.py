@@ -26,7 +26,7 @@ Refuses = Callable[[str], bool]
 
 # Combinations that tests cover.
 ALLOWED = (
-    "tensor parallelism",
+    "tensor parallelism, data parallelism",
     "prefix caching, chunked prefill, asynchronous scheduling",
     "LoRA",
     "--kv-cache-dtype fp8 without packed codecs",
