@@ -57,7 +57,7 @@ class HeadFigures:
         groups = group_heads(retrieval, num_ranks, rows=window.rows(element_bytes))
         retention = None
         if retention_of is not None and groups.retrieval_sizes:
-            retention = widest_plan(map(retention_of, groups.retrieval_sizes))
+            retention = widest_plan([retention_of(size) for size in groups.retrieval_sizes])
         return cls(groups, window, step_tokens, retention)
 
     # A head plan leaves no layer alone, and its streaming heads drop tokens.

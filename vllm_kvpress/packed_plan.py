@@ -59,7 +59,8 @@ class PackedPlan(RetentionPlan):
         exact_sinks: Whether the sinks' blocks stay in staging.
         group_tokens: Tokens of a channel group; 1 if scales belong to single tokens.
         cell_tokens: Tokens of a cell.
-        num_kv_heads: KV heads, each with its own cells.
+        num_kv_heads: KV heads, each with its own cells. Of lanes of several sizes, in one ratio
+            with the cells in a block, that of the lane that needs the most blocks.
         cells_per_page: Cells in a block.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -78,24 +78,35 @@ def make_plan(
     )
 
 
-def widest_plan(plans: Iterable[RetentionPlan]) -> RetentionPlan:
-    """Returns the plan of those lanes, of one policy, whose store takes the most blocks.
+def widest_plan(plans: Sequence[RetentionPlan]) -> RetentionPlan:
+    """Returns the plan of those lanes, of one policy, whose stores take the most blocks.
 
-    Lanes of a cache group share a block table but differ in their KV heads, and a page of two heads
+    Lanes of a cache group share block tables but differ in their KV heads, and a page of two heads
     may hold five cells where one of a single head holds two.
 
     Args:
         plans: One for each number of heads; all alike but for their cells.
     """
+    packed = [plan for plan in plans if isinstance(plan, PackedPlan)]
+    if not packed:
+        return plans[0]
+    store = max(packed, key=lambda plan: _blocks_per_cell(plan, plan.cells_per_page))
+    demoting = [plan for plan in packed if isinstance(plan, DemotingPlan)]
+    if not demoting:
+        return store
+    losers = max(demoting, key=lambda plan: _blocks_per_cell(plan, plan.loser_cells_per_page))
+    # Another lane may be the neediest there: both shares, over one number of heads.
+    return replace(
+        store,
+        num_kv_heads=store.num_kv_heads * losers.num_kv_heads,
+        cells_per_page=store.cells_per_page * losers.num_kv_heads,
+        loser_cells_per_page=losers.loser_cells_per_page * store.num_kv_heads,
+    )
 
-    def blocks_per_cell(plan: RetentionPlan) -> float | Fraction:
-        if not isinstance(plan, PackedPlan):
-            return 0
-        if not plan.cells_per_page:
-            return math.inf  # what `check` refuses
-        return Fraction(plan.num_kv_heads, plan.cells_per_page)
 
-    return max(plans, key=blocks_per_cell)
+def _blocks_per_cell(plan: PackedPlan, cells_per_page: int) -> Fraction | float:
+    """Blocks for one cell of each head; infinite, which `check` refuses, where none fits."""
+    return Fraction(plan.num_kv_heads, cells_per_page) if cells_per_page else math.inf
 
 
 def _group_tokens(codecs: Codecs) -> int:

@@ -422,10 +422,6 @@ WRONG_TOGETHER = [
         ["heads.plan does not go with the scorer 'position', which keeps a window"],
     ),
     (
-        {"base": "snapkv-demote", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
-        ["heads.plan does not go with evict.losers: demote"],
-    ),
-    (
         {"base": "kivi2", "heads": {"plan": "inline", "labels": ["00", "00"]}},
         ["nothing would be quantized", "without retrieval heads, keys: kivi2", "int8, int4"],
     ),

@@ -30,8 +30,8 @@ def ask(server, rank, prompt):
     }
     headers = {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)}
     url = f"{server.url}/v1/completions"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=300) as response:
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - ours
+    with urllib.request.urlopen(request, timeout=300) as response:  # noqa: S310
         (choice,) = json.loads(response.read())["choices"]
     found = choice["logprobs"]
     rows = [{token_id(t): p for t, p in row.items()} for row in found["top_logprobs"]]

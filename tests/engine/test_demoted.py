@@ -128,7 +128,7 @@ def check(traces, dense, one):
         assert comparison.agrees(one.tolerance), (len(trace.prompt), comparison)
 
 
-def held_blocks(trace, rule):
+def held_blocks(trace, rule, heads=HEADS):
     """Returns the blocks of each lane that a request must hold after each step."""
     prompt, losers = len(trace.prompt), rule.losers
     tokens = 32 if losers.key_channels else 16
@@ -137,9 +137,9 @@ def held_blocks(trace, rule):
         by_channel = side == 0 and losers.key_channels
         groups = -(-CHANNELS // (losers.groups[side] or CHANNELS))
         cell += tokens * CHANNELS * bits // 8 + 4 * (CHANNELS if by_channel else tokens * groups)
-    per_page = BLOCK * HEADS * 2 * CHANNELS * ITEMSIZE // cell
-    blocks = -(-(-(-rule.demoted(prompt) // tokens) * HEADS) // per_page)
-    steps = expected_blocks(trace, rule, (HEADS, CHANNELS, ITEMSIZE))
+    per_page = BLOCK * heads * 2 * CHANNELS * ITEMSIZE // cell
+    blocks = -(-(-(-rule.demoted(prompt) // tokens) * heads) // per_page)
+    steps = expected_blocks(trace, rule, (heads, CHANNELS, ITEMSIZE))
     for step, (_, end) in zip(steps, trace.chunks, strict=True):
         step["DemotedSpec"] = blocks if end >= prompt else 0
     return steps

@@ -121,7 +121,7 @@ def test_stores_of_a_head_plan_equal_the_reference(small, engine_of, monkeypatch
     assert launches["compact"] == 2 * 2
     assert launches["window_scores"] == 2
     assert launches["paged_attention"] == 2 * 8
-    model, rule, tolerance = DenseLlama(small), one.rule, one.packed.tolerance
+    model, rule, tolerance = DenseLlama(small), one.rule, one.tolerance
     assert compare(trace, model, rule).agrees(tolerance)
     for wrong in ({"bits": (0, 0)}, {"budget": rule.budget + 32}, {"labels": ("11", "11")}):
         assert compare(trace, model, replace(rule, **wrong), own=True).error > 2 * tolerance, wrong

@@ -1,7 +1,7 @@
 """The plan of two precisions, against prompts that are split token by token."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import CapacityError
 from vllm_kvpress.layout import PackedFormat, SideFormat
 from vllm_kvpress.packed_plan import PackedPlan
-from vllm_kvpress.planner import make_plan
+from vllm_kvpress.planner import make_plan, widest_plan
 from vllm_kvpress.policies import resolve
 
 
@@ -181,3 +181,26 @@ def test_a_block_smaller_than_a_cell_of_losers_is_refused():
 
     with pytest.raises(CapacityError, match="one packed cell of losers"):
         plan.check()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    demoting_plans(),
+    st.lists(
+        st.tuples(st.integers(1, 8), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=5
+    ),
+    st.integers(0, 400),
+)
+def test_lanes_with_one_block_table_hold_what_the_neediest_does_in_each_store(
+    plan, sizes, num_tokens
+):
+    lanes = [
+        replace(plan, num_kv_heads=heads, cells_per_page=cells, loser_cells_per_page=losers)
+        for heads, cells, losers in sizes
+    ]
+
+    shared = widest_plan(lanes)
+
+    assert shared.pages(num_tokens) == max(lane.pages(num_tokens) for lane in lanes)
+    needed = max(lane.demoted_bound(num_tokens) for lane in lanes)
+    assert shared.demoted_bound(num_tokens) == needed

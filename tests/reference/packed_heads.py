@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from reference.heads import HeadRule, HeadRun
-from reference.packed import PackedRule, PackedRun
+from reference.packed import DemotingRule, DemotingRun, PackedRule, PackedRun
 
-__all__ = ["PackedHeadRule", "PackedHeadRun"]
+__all__ = ["DemotingHeadRule", "DemotingHeadRun", "PackedHeadRule", "PackedHeadRun"]
 
 
 @dataclass(frozen=True)
@@ -21,3 +21,17 @@ class PackedHeadRun(HeadRun, PackedRun):
     """The cache of one request: masked head by head, rounded in retrieval heads alone."""
 
     rule: PackedHeadRule
+
+
+@dataclass(frozen=True)
+class DemotingHeadRule(HeadRule, DemotingRule):
+    """A head plan whose retrieval heads round what a scorer rejects more coarsely."""
+
+    def run(self, model: Any, prompt_len: int, *args: Any) -> "DemotingHeadRun":
+        return DemotingHeadRun(model, self, prompt_len, *args)
+
+
+class DemotingHeadRun(HeadRun, DemotingRun):
+    """The cache of one request: masked in streaming heads, rounded in two ways in the others."""
+
+    rule: DemotingHeadRule
