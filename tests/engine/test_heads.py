@@ -52,6 +52,8 @@ PLANS = {
     "straddling": Plan(("1000", "1000", "0100", "0000"), (1, 3), ("1100", "1000", "0100", "0000")),
     "streaming": Plan(("0000",) * 4, (0, 1)),
     "even": Plan(("1010", "0101", "1100", "0011"), (1, 1)),
+    # With one promoted, the last of layer 0, runs of 2; one begins in layer 2 and ends in layer 3.
+    "crossing": Plan(("1110", "1111", "0111", "1101"), (7, 1), ("1111", "1111", "0111", "1101")),
     "one": Plan(("1111", "1111", "1101", "1111"), (15, 1)),
 }
 QUICK = ("straddling", "streaming")

@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from hypothesis import example, given, settings
+from plan.test_head_groups import labels
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -17,7 +19,7 @@ from vllm_kvpress.demoting_plan import DemotingPlan
 from vllm_kvpress.errors import UnsupportedModelError
 from vllm_kvpress.head_groups import group_heads
 from vllm_kvpress.integration import compat, engine
-from vllm_kvpress.integration.head_lanes import lane_spec, stock_blocks
+from vllm_kvpress.integration.head_lanes import StreamSpec, lane_spec, stock_blocks
 from vllm_kvpress.integration.lanes import (
     StagingSpec,
     packed_spec,
@@ -91,17 +93,73 @@ def test_one_group_for_each_lane_and_staging_last(plan, num_layers):
     assert plan_in(groups) is plan
 
 
-def head_specs(labels):
+def block_outermost():
+    """A config of block-outermost pages, for vLLM's own arithmetic."""
+    found = config()
+    found.cache_config = SimpleNamespace(
+        get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
+        num_gpu_blocks_override=None,
+        prefix_cache_retention_interval=None,
+    )
+    found.attention_config = SimpleNamespace(hisparse_config=None)
+    return found
+
+
+def head_specs(retrieval):
     """Specs of a head plan's lanes, in the order in which vLLM collects them."""
     window = WindowPlan(16, 4, 64)
     flying = SimpleNamespace(max_in_flight_tokens=64)
-    return {
-        f"layers.{layer}.attn" + (f".kv_lane{index}" if index else ""): lane_spec(
-            STOCK, lane, window, flying
-        )
-        for layer, lanes in enumerate(group_heads(labels).layers)
+    lanes = [
+        (f"layers.{layer}.attn" + (f".kv_lane{index}" if index else ""), lane)
+        for layer, lanes in enumerate(group_heads(retrieval).layers)
         for index, lane in enumerate(lanes)
+    ]
+    # Layers first: what is added to them comes behind.
+    lanes.sort(key=lambda named: "kv_lane" in named[0])
+    return {name: lane_spec(STOCK, lane, window, flying) for name, lane in lanes}
+
+
+def with_stores(specs, plan):
+    """The same with private lanes beside those of retrieval heads, added layer by layer."""
+    staging = {
+        name: spec if isinstance(spec, StreamSpec) else StagingSpec.of(spec, plan)
+        for name, spec in specs.items()
     }
+    layers = {name: spec for name, spec in staging.items() if "kv_lane" not in name}
+    found = dict(layers)
+    for layer in layers:
+        for name in (n for n in staging if n == layer or n.startswith(f"{layer}.kv_lane")):
+            found.setdefault(name, staging[name])
+            if isinstance(staging[name], StagingSpec):
+                for suffix, spec_cls in private_lanes(plan).items():
+                    found[f"{name}.{suffix}"] = spec_cls.of(staging[name], plan)
+    return found
+
+
+def places(found, groups):
+    """Where vLLM puts each layer's page of a block, and that page's heads."""
+    sizes = kv_cache_utils.get_kv_cache_config_from_groups(found, groups, 10**9)
+    specs = {n: s for group in groups for n, s in group.kv_cache_spec.kv_cache_specs.items()}
+    return {
+        name: (tensor.offset + number * tensor.layer_stride, specs[name].num_kv_heads)
+        for tensor in sizes.kv_cache_tensors
+        for number, name in enumerate(tensor.layers)
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(labels())
+@example([[1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 1]])
+def test_private_lanes_lie_where_the_lane_does_that_they_belong_to(retrieval):
+    found, specs = block_outermost(), with_stores(head_specs(retrieval), PLANS["queries"])
+
+    groups = kv_cache_utils.get_kv_cache_groups(found, specs)
+
+    place = places(found, groups)
+    assert set(place) == set(specs)
+    for name in specs:
+        if name.endswith((".kv_store", ".kv_queries")):
+            assert place[name] == place[name.rpartition(".")[0]], name
 
 
 def test_a_head_plan_has_one_group_for_each_run():
@@ -230,14 +288,7 @@ def with_skipped(skip, num_layers):
         for name in [name for name in specs if name.startswith(f"layers.{layer}.")]:
             del specs[name]
         specs[f"layers.{layer}.attn"] = SkippedSpec.of(STOCK, skipped)
-    found = config()
-    found.cache_config = SimpleNamespace(
-        get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
-        num_gpu_blocks_override=None,
-        prefix_cache_retention_interval=None,
-    )
-    found.attention_config = SimpleNamespace(hisparse_config=None)
-    return found, specs, skipped
+    return block_outermost(), specs, skipped
 
 
 @pytest.mark.parametrize(

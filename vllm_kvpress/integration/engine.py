@@ -110,11 +110,12 @@ def _group_lanes(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Any:
         from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
-        from vllm_kvpress.integration.head_lanes import RetrievalSpec, StreamSpec, run_groups
+        from vllm_kvpress.integration.head_lanes import run_groups
         from vllm_kvpress.integration.lanes import LaneSpec, StagingSpec
         from vllm_kvpress.integration.skipped import SkippedSpec, groups_of
 
-        if any(isinstance(spec, RetrievalSpec | StreamSpec) for spec in kv_cache_spec.values()):
+        # Lanes of a head plan name their run.
+        if any(getattr(spec, "run", None) is not None for spec in kv_cache_spec.values()):
             return run_groups(kv_cache_spec)
         lanes: dict[type, list[str]] = {}
         skipped: dict[str, Any] = {}

@@ -210,8 +210,16 @@ def run_groups(specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
             got=", ".join(others[:4]),
             fix="Use a policy without a head plan, or prefill: exact",
         )
+    # Offsets in a block follow the order in a group, and a lane's private ones must have its own:
+    # vLLM lists layers, and then what was added to them.
+    numbers = {name: number for number, name in enumerate(specs)}
+
+    def number_of(name: str) -> int:
+        return numbers[name.rpartition(".")[0] if isinstance(specs[name], PrivateSpec) else name]
+
     runs: dict[tuple[int, bool, str], dict[str, Any]] = {}
-    for name, spec in specs.items():
+    for name in sorted(specs, key=number_of):
+        spec = specs[name]
         assert isinstance(spec, HeadLaneSpec)
         assert spec.run is not None
         # The private lanes first: their builders leave their tables for the staging lane's.
