@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_kvpress.head_groups import HeadGroups, Labels, group_heads
+from vllm_kvpress.packed_plan import PackedPlan
 from vllm_kvpress.planner import widest_plan
 from vllm_kvpress.window_plan import WindowPlan
 
@@ -24,13 +25,14 @@ class HeadFigures:
     Attributes:
         groups: The lanes.
         window: What streaming heads see.
-        step_tokens: Most tokens of a request that one step computes.
+        in_flight_tokens: Most tokens of a request that are scheduled at a time and not yet
+            processed.
         retention: What retrieval heads keep; None for every token.
     """
 
     groups: HeadGroups
     window: WindowPlan
-    step_tokens: int
+    in_flight_tokens: int
     retention: RetentionPlan | None = None
 
     @classmethod
@@ -39,7 +41,7 @@ class HeadFigures:
         retrieval: Labels,
         window: WindowPlan,
         element_bytes: int,
-        step_tokens: int,
+        in_flight_tokens: int,
         retention_of: Callable[[int], RetentionPlan] | None = None,
         num_ranks: int = 1,
     ) -> HeadFigures:
@@ -49,7 +51,8 @@ class HeadFigures:
             retrieval: [num_layers][num_kv_heads], true for a retrieval head.
             window: What streaming heads see.
             element_bytes: Of a number in the cache.
-            step_tokens: Most tokens of a request that one step computes.
+            in_flight_tokens: Most tokens of a request that are scheduled at a time and not yet
+                processed.
             retention_of: What retrieval heads keep, by their number in a lane; None for every
                 token.
             num_ranks: Ranks of tensor parallelism.
@@ -58,7 +61,7 @@ class HeadFigures:
         retention = None
         if retention_of is not None and groups.retrieval_sizes:
             retention = widest_plan([retention_of(size) for size in groups.retrieval_sizes])
-        return cls(groups, window, step_tokens, retention)
+        return cls(groups, window, in_flight_tokens, retention)
 
     # A head plan leaves no layer alone, and its streaming heads drop tokens.
     skipped: ClassVar[None] = None
@@ -76,6 +79,16 @@ class HeadFigures:
     def block_size(self) -> int:
         """Tokens in a block."""
         return self.window.block_size
+
+    @property
+    def tokens_per_store_block(self) -> float | None:
+        """Tokens of its run's heads that a packed store's block holds; None without such stores.
+
+        Pages are whole, those of lanes of few heads too, and the neediest lane decides.
+        """
+        if not isinstance(self.retention, PackedPlan):
+            return None
+        return float(1 / self.retention.blocks_per_token)
 
     @property
     def blocks_per_token(self) -> Fraction:
@@ -113,7 +126,9 @@ class HeadFigures:
         runs, total = self.groups.runs, num_prompt_tokens + num_output_tokens
         # In the prompt's last step, wherever it begins.
         prompt = runs.retrieval * self._retained(num_prompt_tokens, num_prompt_tokens)
-        prompt += runs.streaming * self.window.blocks_bound(num_prompt_tokens, self.step_tokens)
+        prompt += runs.streaming * self.window.blocks_bound(
+            num_prompt_tokens, self.in_flight_tokens
+        )
         # While it generates it grows by retrieval heads: near its end, wherever a block begins.
         unit = self.block_size if self.retention is None else self.retention.unit
         last = range(max(num_prompt_tokens + 1, total - unit), total + 1)
@@ -132,12 +147,13 @@ class HeadFigures:
         streams = self.groups.runs.streaming and self.window.gap(max_model_len // self.block_size)
         return bool(streams or (self.retention and self.retention.evicts(max_model_len)))
 
-    def keeps_all(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> bool:
-        """Whether one request still holds every block when it has generated so many tokens."""
-        runs = self.groups.runs
-        pages = -(-(num_prompt_tokens + num_output_tokens) // self.block_size)
-        held = self.steady_blocks(num_prompt_tokens, num_output_tokens)
-        return held >= (runs.retrieval + runs.streaming) * pages
+    def drops(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> tuple[bool, bool]:
+        """Returns whether retrieval heads, and streaming heads, drop tokens of such a request."""
+        total, read = num_prompt_tokens + num_output_tokens, num_prompt_tokens + num_output_tokens
+        if self.retention is not None:
+            read = self.retention.physical_tokens(num_prompt_tokens, total - 1, total)
+        last_block = (total - 1) // self.block_size
+        return read < total, bool(self.groups.runs.streaming and self.window.gap(last_block))
 
     def requests_at_once(
         self, num_blocks: int, num_prompt_tokens: int, num_output_tokens: int = 1

@@ -25,19 +25,28 @@ def check_heads_beside(policy: Policy, traits: ScorerTraits) -> None:
         _check_compensation(policy, policy.quantize)
     if policy.evict is not None:
         _check_evicting_heads(policy.evict, traits)
-    quantize, labels = policy.quantize, policy.heads.labels
-    if quantize is None or quantize.is_fp8 or not policy.heads_store or labels is None:
+    if policy.heads_store:
+        _check_retrieval_heads(policy)
+
+
+def _check_retrieval_heads(policy: Policy) -> None:
+    """What acts in retrieval heads alone needs one."""
+    labels, ratio, quantize = policy.heads.labels, policy.heads.retrieval_ratio, policy.quantize
+    retrieves = ratio != 0 if labels is None else any("1" in row for row in labels)
+    if retrieves:
         return
-    if not any("1" in row for row in labels):
-        raise ConfigError(
-            "nothing would be quantized: streaming heads stay exact beside evict, and beside "
-            "codecs that wait for channel groups or a residual",
-            got=f"a head plan without retrieval heads, keys: {quantize.keys}, values: "
-            f"{quantize.values}",
-            allowed="a plan with retrieval heads; or int8, int4 without residual_tokens, "
-            "exact_sinks and evict, which pack every head",
-            fix="Raise heads.retrieval_ratio, or use such a codec alone",
-        )
+    done = "evicted" if policy.evict is not None else "quantized"
+    got = "a head plan without retrieval heads"
+    if quantize is not None:
+        got += f", keys: {quantize.keys}, values: {quantize.values}"
+    raise ConfigError(
+        f"nothing would be {done}: streaming heads keep their window, and keep it exact beside "
+        "evict and beside codecs that wait for channel groups or a residual",
+        got=got,
+        allowed="a plan with retrieval heads; a head plan alone; or int8, int4 without "
+        "residual_tokens, exact_sinks and evict, which pack every head",
+        fix="Raise heads.retrieval_ratio, or remove evict and such a codec",
+    )
 
 
 def _check_compensation(policy: Policy, quantize: Quantize) -> None:

@@ -40,7 +40,6 @@ _EITHER = {
     "evict.budget": {"tokens", "keep_ratio"},
     "heads": {"retrieval_ratio", "threshold"},
 }
-_PARTS = ("evict", "quantize", "heads")  # what a base may lack, and its short names with it
 _EXAMPLE = "Write it like snapkv:keep_ratio=0.25,window=16"
 
 
@@ -75,8 +74,11 @@ def parse_compact(name: str, overrides: str) -> dict[str, Any]:
     base = read_named(name)
     scorer = base.get("evict", {}).get("scorer", {})
     scorer_params = [key for key in scorer if key not in ("name", "path")]
+    # Codecs and a head plan may be added; eviction needs a scorer, which has no short name.
     fields = {
-        key: path for key, path in _FIELDS.items() if path[0] not in _PARTS or path[0] in base
+        key: path
+        for key, path in _FIELDS.items()
+        if path[0] in base or (path[0] != "evict" and key not in scorer_params)
     }
     known = [*fields, *scorer_params]
     data: dict[str, Any] = {"base": name}

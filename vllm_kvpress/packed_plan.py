@@ -113,6 +113,16 @@ class PackedPlan(RetentionPlan):
             self.exact_tokens + sinks + max(open_tokens, self.recent_tokens) + self.group_tokens - 1
         )
 
+    @property
+    def least_budget_text(self) -> str:
+        """How the least budget comes about."""
+        text = (
+            f"{self.sink_blocks * self.block_size if self.exact_sinks else self.sink_tokens} (the "
+            f"sinks) + the larger of {self.recent_tokens} (recent_tokens) and "
+            f"{self.residual_tokens + self.unit - 1} (the residual and an open block)"
+        )
+        return text + (f" + {self.group_tokens - 1} (of a group)" if self.group_tokens > 1 else "")
+
     def closed_end(self, num_tokens: int) -> int:
         """Returns the end of the closed tokens when so many are computed."""
         start = self.exact_tokens

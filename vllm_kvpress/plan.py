@@ -150,9 +150,7 @@ class RetentionPlan:
         raise CapacityError(
             "evict.budget.tokens cannot hold sink_tokens + recent_tokens in whole blocks",
             got=f"{self.budget_tokens} tokens at a block size of {self.block_size}",
-            allowed=f"at least {self.least_budget}, which is block size - 1 + the larger of "
-            f"{self.sink_tokens + self.recent_tokens} (sink_tokens + recent_tokens) and "
-            f"{self.sink_blocks * self.block_size} (the sinks' blocks)",
+            allowed=f"at least {self.least_budget}, which is {self.least_budget_text}",
             fix="Raise the budget, lower recent_tokens, or use a smaller --block-size",
         )
 
@@ -190,6 +188,14 @@ class RetentionPlan:
         """
         forced = max(self.sink_tokens + self.recent_tokens, self.sink_blocks * self.block_size)
         return forced + self.block_size - 1
+
+    @property
+    def least_budget_text(self) -> str:
+        """How the least budget comes about."""
+        return (
+            f"block size - 1 + the larger of {self.sink_tokens + self.recent_tokens} (sink_tokens "
+            f"+ recent_tokens) and {self.sink_blocks * self.block_size} (the sinks' blocks)"
+        )
 
     def budget(self, num_prompt_tokens: int) -> int:
         """Returns the tokens kept per layer and KV head for a prompt of this length."""

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvpress.demoting_plan import DemotingPlan
+from vllm_kvpress.errors import CapacityError
 from vllm_kvpress.packed_plan import GROUP_TOKENS, PackedPlan
 from vllm_kvpress.plan import RetentionPlan
 
@@ -45,7 +46,17 @@ def make_plan(
         loser_cells: The cells of what is demoted, if the policy demotes.
         page_bytes: Bytes of one block of one layer.
         skipped: The cache groups of the layers that the policy leaves alone, if any.
+
+    Raises:
+        CapacityError: no query row fits in a block.
     """
+    if scorer.query_window and not queries_per_block:
+        raise CapacityError(
+            "one token's queries do not fit in a block",
+            got=f"--block-size {block_size}",
+            allowed="at most 2 * block size query heads for each KV head, half of it with fp8",
+            fix="Use a larger --block-size, or a scorer without queries (keydiff, knorm)",
+        )
     plan = RetentionPlan.from_policy(
         policy,
         scorer,

@@ -146,7 +146,7 @@ def test_explain_counts_the_cells_of_packed_stores(run, model):
     assert figures(out, "blocks while it generates") == [532, -(-261 * 8 // 21) + 10]
     assert "nothing of it is evicted" not in out
     assert "keys kivi2, values kivi2" in out
-    assert "the newest 128 tokens and up to 31 more" in out
+    assert "the newest 128 to 159 tokens" in out
 
 
 def test_explain_counts_both_stores_of_a_policy_that_demotes(run, model):
@@ -254,12 +254,24 @@ def test_explain_counts_a_windowed_prefill_as_a_plan_whose_heads_all_stream(run)
     words = ("--model", "testbed", "--prompt-tokens", "3000")
     _, short, _ = run("explain", "streaming_llm:prefill=windowed,tokens=256", *words)
     _, long, _ = run("explain", "streaming_llm:prefill=windowed,tokens=256", *words[:-1], "3800")
+    small = ("--", "--max-num-batched-tokens", "512")
+    steps = [
+        run("explain", "streaming_llm:prefill=windowed,tokens=256", *words, *small, *more)[1]
+        for more in ((), ("--no-async-scheduling",), ("--async-scheduling", "false"))
+    ]
     exact = run("explain", "streaming_llm:tokens=256", *words)[1]
 
     assert "Every KV head keeps the first 4 and the newest 252 tokens, in whole blocks." in short
     assert figures(short, "bytes per further token") == [4096, 0]
-    for name in ("memory at most", "memory while it generates"):
-        assert figures(short, name)[1] == figures(long, name)[1]
+    assert (
+        figures(short, "memory while it generates")[1]
+        == (figures(long, "memory while it generates")[1])
+    )
+    # Sinks, window, the open block, and what two steps compute, or one.
+    block = 16 * 4096 / 2**20
+    assert ["1024 tokens in flight" in out for out in steps] == [True, False, False]
+    peaks = [figures(out, "memory at most")[1] for out in steps]
+    assert peaks == [round(block * (18 + flying // 16), 1) for flying in (1024, 512, 512)]
     assert "prefilled exactly" in exact
     assert "prefilled exactly" not in short
 
@@ -295,8 +307,13 @@ def test_explain_counts_heads_that_evict_beside_heads_that_stream(run):
     assert "4 of 16 KV heads keep the prompt until it ends, then their budget of it, the" in out
     assert "every token" not in out
 
-    none = run("explain", "duo-snapkv:plan=random,retrieval_ratio=0", *words)[1]
-    assert "Retrieval heads hold" not in none
+    short = (*words[:-1], "250", "--output-tokens", "20")
+    within = run("explain", "duo-snapkv:plan=random,retrieval_ratio=0.25", *short)[1]
+    assert "Retrieval heads hold" not in within
+    assert "Nothing of such a request is evicted" in within
+    code, _, err = run("explain", "duo-snapkv:plan=random,retrieval_ratio=0", *words)
+    assert code == 2
+    assert "nothing would be evicted" in err
 
 
 def test_explain_counts_packed_stores_of_retrieval_heads(run, tmp_path):
@@ -316,7 +333,8 @@ def test_explain_counts_packed_stores_of_retrieval_heads(run, tmp_path):
     blocks = -(-cells // 3) + 1 + 3 * (1 + 2 + 1)
     held = blocks * 4 * 8192 / 2**20
     assert re.search(rf"memory while it generates +12.8 MiB +{held:.1f} MiB", out)
-    assert "up to 31 more; streaming heads" in out
+    assert "the newest 0 to 31 tokens; all that streaming heads keep" in out
+    assert "A store's block holds 48 tokens of its heads, an exact one 32" in out
     assert "quantized once" in out
 
 
@@ -342,7 +360,7 @@ def test_explain_counts_a_head_plan_on_each_rank(run, tmp_path):
 def test_explain_of_a_prompt_within_the_window_of_all_heads(run):
     words = ("explain", "streaming_llm:prefill=windowed", "--model", "testbed")
 
-    assert "within the window: nothing of it is evicted" in run(*words, "--prompt-tokens", "700")[1]
+    assert "Nothing of such a request is evicted" in run(*words, "--prompt-tokens", "700")[1]
     assert "longer prompts fit, too" in run(*words, "--prompt-tokens", "1400")[1]
 
 
@@ -527,3 +545,39 @@ def test_explain_refuses_packed_blocks_beside_sliding_window_layers(run, model):
 
     assert (code, out) == (2, "")
     assert "16 layers with a sliding window" in err
+
+
+def test_explain_refuses_queries_that_fill_more_than_a_block(run, model, tmp_path):
+    folder = model(num_attention_heads=64, num_key_value_heads=1)
+    heads = tmp_path / "heads.tsv"
+    heads.write_text("\n".join(["0.5"] * 16 + ["0.1"] * 16) + "\n")
+
+    for policy in ("snapkv", f"duo-snapkv-int4:file={heads}"):
+        code, _, err = run("explain", policy, "--model", folder)
+
+        assert code == 2
+        assert "one token's queries do not fit in a block; got --block-size 16" in err
+    assert run("explain", "snapkv", "--model", folder, "--block-size", "32")[0] == 0
+
+
+def test_explain_says_where_quantizing_saves_nothing(run, tmp_path):
+    file = tmp_path / "labels.yaml"
+    labels = "heads: {plan: inline, labels: ['0001', '1000', '0100', '0001']}"
+    file.write_text(f"base: snapkv\nquantize: {{keys: int8, values: int8}}\n{labels}\n")
+    words = ("explain", str(file), "--model", "testbed", "--block-size")
+
+    # A page of one head, 16 tokens of 256 bytes, holds one cell of 16 tokens.
+    assert (
+        "holds 16 tokens of its heads, an exact one 16: quantizing saves nothing"
+        in (run(*words, "16")[1])
+    )
+    assert "saves nothing" not in run(*words, "32")[1]
+
+
+def test_explain_says_where_ranks_leave_no_head_to_stream(run, tmp_path):
+    file = tmp_path / "labels.yaml"
+    file.write_text("heads: {plan: inline, labels: ['1000', '0100', '0010', '0001']}\n")
+    words = ("explain", str(file), "--model", "testbed", "--", "-tp")
+
+    assert "No head streams: every rank" in run(*words, "4")[1]
+    assert "No head streams" not in run(*words, "2")[1]

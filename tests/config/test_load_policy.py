@@ -308,7 +308,9 @@ WRONG = [
     ("duo:recent_tokens=0", ["recent_tokens is 0", "heads.plan", "at least 1"]),
     ("duo:seed=1", ["do not go with plan: duo", "seed", "file, retrieval_ratio"]),
     ("duo:keep_ratio=0.5", ["'keep_ratio'", "retrieval_ratio, threshold"]),
-    ("snapkv:retrieval_ratio=0.5", ["'retrieval_ratio'", "not known"]),
+    ("snapkv:retrieval_ratio=0.5", ["plan: all", "got retrieval_ratio"]),
+    ("duo:keys=int8", ["quantize.values is missing", "Add quantize.values"]),
+    ("int4:keep_ratio=0.5", ["the override 'keep_ratio' is not known to policy 'int4'"]),
     ({"base": "knorm", "heads": {"compensation": True}}, ["plan: all", "got compensation"]),
     ({"heads": {"plan": "random", "threshold": 0.5}}, ["plan: random", "got threshold"]),
     (
@@ -427,7 +429,11 @@ WRONG_TOGETHER = [
     ),
     (
         {"base": "snapkv-int4", "heads": {"plan": "inline", "labels": ["00", "00"]}},
-        ["nothing would be quantized", "beside evict", "keys: int4"],
+        ["nothing would be evicted", "keys: int4", "without retrieval heads"],
+    ),
+    (
+        "duo-snapkv:plan=random,retrieval_ratio=0",
+        ["nothing would be evicted", "Raise heads.retrieval_ratio"],
     ),
     (
         {
@@ -494,6 +500,19 @@ def test_losers_are_demoted_to_2_bits_and_the_others_stay_exact_by_default():
 
     assert (short.keys, short.values, short.losers.model_dump()) == ("none", "none", losers)
     assert (partly.keys, partly.values, partly.losers.model_dump()) == ("int4", "int4", losers)
+
+
+def test_codecs_and_a_head_plan_are_added_by_overrides():
+    heads = load_policy("kivi2:plan=random,retrieval_ratio=0.25,sink_tokens=8")
+    codecs = load_policy("knorm:keys=int8,values=int8,group=32")
+    drawn = load_policy("random:seed=7,keys=int4,values=int4")
+
+    assert (heads.heads.plan, heads.heads.retrieval_ratio, heads.sink_tokens) == ("random", 0.25, 8)
+    assert heads.quantize == load_policy("kivi2").quantize
+    assert (codecs.quantize.keys, codecs.quantize.group) == ("int8", 32)
+    # A scorer's own parameter comes before a head plan's of that name.
+    assert drawn.evict.scorer.params == {"seed": 7}
+    assert drawn.heads == Heads()
 
 
 def test_streaming_llm_takes_the_budget_that_it_has_anyway():

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from vllm_kvpress.cli.explain_heads import explain_heads, heads_text
 from vllm_kvpress.cli.model_shape import ModelShape, read_model_shape
-from vllm_kvpress.cli.vllm_words import ranks_of, read_options, size_option
+from vllm_kvpress.cli.vllm_words import ranks_of, read_options, size_option, steps_in_flight
 from vllm_kvpress.config import Policy, load_policy
 from vllm_kvpress.conflict_table import (
     ALLOWED,
@@ -107,14 +107,19 @@ def explain(
     )
     console.print(_kept_table(policy, scorer, plan, cache))
     if policy.heads.splits:
-        step_tokens = size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
+        in_flight = steps_in_flight(options) * (
+            size_option(options, "max-num-batched-tokens") or _STEP_TOKENS
+        )
         head_bytes = (full_cache.bytes_per_head, _head_bytes(plan, cache, cells))
         window = WindowPlan.from_policy(policy, block_size)
-        of_lane = partial(_lane_plan, policy, scorer, model_shape, cache)
-        retention_of = of_lane if policy.heads_store else None
         num_ranks = ranks_of(options, model_shape)
+        # Query heads of a KV head on a rank: several ranks may share a KV head.
+        ranks_of_head = max(1, num_ranks // model_shape.num_kv_heads)
+        group = model_shape.num_heads // model_shape.num_kv_heads // ranks_of_head
+        of_lane = partial(_lane_plan, policy, scorer, model_shape, cache, group)
+        retention_of = of_lane if policy.heads_store else None
         figures = HeadFigures.of(
-            heads.retrieval, window, DTYPE_BYTES[cache.dtype], step_tokens, retention_of, num_ranks
+            heads.retrieval, window, DTYPE_BYTES[cache.dtype], in_flight, retention_of, num_ranks
         )
         lengths = (num_prompt, num_output)
         explain_heads(console, policy, heads, figures, head_bytes, lengths, num_ranks)
@@ -196,11 +201,15 @@ def _plan(
 
 
 def _lane_plan(
-    policy: Policy, scorer: Scorer, shape: ModelShape, cache: CacheShape, num_kv_heads: int
+    policy: Policy,
+    scorer: Scorer,
+    shape: ModelShape,
+    cache: CacheShape,
+    group: int,
+    num_kv_heads: int,
 ) -> RetentionPlan:
-    """Returns the plan of a lane of so many of a layer's KV heads."""
-    num_heads = shape.num_heads // shape.num_kv_heads * num_kv_heads
-    shape = replace(shape, num_kv_heads=num_kv_heads, num_heads=num_heads)
+    """Returns the plan of a lane of so many KV heads, each with `group` query heads."""
+    shape = replace(shape, num_kv_heads=num_kv_heads, num_heads=group * num_kv_heads)
     lane = replace(cache, num_kv_heads=num_kv_heads)
     return _plan(policy, scorer, shape, lane, _cells(policy, shape, lane))
 
@@ -287,12 +296,10 @@ def _add_precision(table: Table, policy: Policy, plan: RetentionPlan, cache: Cac
     if quantize.losers is not None:
         losers = quantize.losers
         table.add_row("of the others", f"keys {losers.keys}, values {losers.values}")
-    exact = (
-        f"{cache.dtype}: the prompt until it ends, then the newest {plan.residual_tokens} tokens"
-    )
-    exact += f" and up to {plan.unit - 1} more"
+    newest = f"{plan.residual_tokens} to {plan.residual_tokens + plan.unit - 1}"
+    exact = f"{cache.dtype}: the prompt until it ends, then the newest {newest} tokens"
     exact += f", and the first {plan.exact_tokens}" if plan.exact_tokens else ""
-    exact += "; streaming heads" if policy.heads.splits else ""
+    exact += "; all that streaming heads keep" if policy.heads.splits else ""
     table.add_row("exact", exact)
 
 

@@ -49,23 +49,47 @@ def explain_heads(
         "streaming heads",
         soft_wrap=True,
     )
+    _print_store(console, figures)
     num_prompt, num_output = lengths
     console.print(
         f"\n[bold]One request of {num_prompt} prompt and {num_output} generated tokens, block size "
-        f"{figures.block_size}, steps of {figures.step_tokens} tokens"
+        f"{figures.block_size}, {figures.in_flight_tokens} tokens in flight"
         + (f", on each of {num_ranks} ranks[/]" if num_ranks > 1 else "[/]"),
         soft_wrap=True,
     )
     console.print(_table(figures, head_bytes, num_prompt, num_output))
-    advice = (
-        "Blocks of streaming heads leave while the prompt is computed: longer prompts fit, too."
-    )
-    if figures.keeps_all(num_prompt, num_output):
-        advice = "Such a request is within the window: nothing of it is evicted."
-    elif figures.retention is not None and groups.runs.retrieval:
-        then = "their budget" if figures.retention.evicts_tokens else "it is packed"
-        advice += f" Retrieval heads hold the whole prompt until it ends, then {then}."
-    console.print(advice + "\n", soft_wrap=True)
+    console.print(_advice(figures, num_prompt, num_output) + "\n", soft_wrap=True)
+
+
+def _print_store(console: Console, figures: HeadFigures) -> None:
+    tokens = figures.tokens_per_store_block
+    if tokens is None:
+        return
+    text = f"A store's block holds {tokens:.4g} tokens of its heads, an exact one "
+    text += f"{figures.block_size}"
+    if tokens <= figures.block_size:
+        text += ": quantizing saves nothing where layers have so few retrieval heads. Use a larger "
+        text += "--block-size, or fewer bits"
+    console.print(text, soft_wrap=True)
+
+
+def _advice(figures: HeadFigures, num_prompt: int, num_output: int) -> str:
+    drops, streams = figures.drops(num_prompt, num_output)
+    packs = figures.tokens_per_store_block is not None
+    advice = []
+    if not figures.groups.runs.streaming:
+        advice.append("No head streams: every rank has a retrieval head in each place.")
+    elif streams:
+        advice.append(
+            "Blocks of streaming heads leave while the prompt is computed: longer prompts fit, too."
+        )
+    if drops:
+        advice.append("Retrieval heads hold the whole prompt until it ends, then their budget.")
+    elif packs:
+        advice.append("Retrieval heads hold the whole prompt until it ends, then it is packed.")
+    if not (drops or streams):
+        advice.append("Nothing of such a request is evicted: it is within window and budget.")
+    return " ".join(advice)
 
 
 def heads_text(policy: Policy) -> str:

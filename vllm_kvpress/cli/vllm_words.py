@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from vllm_kvpress.cli.model_shape import ModelShape
 from vllm_kvpress.errors import ConfigError, shown
 
-__all__ = ["parse_vllm_words", "ranks_of", "read_options", "size_option"]
+__all__ = ["parse_vllm_words", "ranks_of", "read_options", "size_option", "steps_in_flight"]
 
 _SHORT = {
     "dcp": "decode-context-parallel-size",
@@ -96,6 +96,12 @@ def size_option(options: Mapping[str, str], name: str) -> int | None:
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 10 and int(digits) > 0):
         raise ConfigError(f"--{name} is not valid", got=shown(text), allowed="an integer above 0")
     return int(digits) * factor
+
+
+def steps_in_flight(options: Mapping[str, str]) -> int:
+    """Returns how many steps vLLM schedules before the first of them is processed."""
+    off = options.get("async-scheduling", "true").lower() == "false"
+    return 1 if off or "no-async-scheduling" in options else 2
 
 
 def ranks_of(options: Mapping[str, str], shape: ModelShape) -> int:

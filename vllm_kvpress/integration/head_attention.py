@@ -275,8 +275,7 @@ def figures_of(vllm_config: VllmConfig) -> HeadFigures | None:
     window = WindowPlan.from_policy(policy, block_size)
     runs = head_runs(vllm_config)
     retention = runs.runtimes[0].plan if runs is not None and runs.runtimes else None
-    steps = vllm_config.scheduler_config.max_num_batched_tokens
-    return HeadFigures(groups, window, steps, retention)
+    return HeadFigures(groups, window, vllm_config.max_in_flight_tokens, retention)
 
 
 def _known_groups(vllm_config: VllmConfig) -> HeadGroups | None:

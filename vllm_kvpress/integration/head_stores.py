@@ -251,6 +251,7 @@ class RunRuntime(LaneRuntime):
         self._physical = PhysicalTables(self.plan, self.vllm_config, self._pages[0].device)
 
     def _check_lane(self, name: str, lane: LaneView) -> None:
+        self._check_whole_blocks(lane.kv_cache)
         context = self.vllm_config.compilation_config.static_forward_context
         place = lane.kv_cache.data_ptr(), lane.kv_cache.stride()
         assert self.plan is not None

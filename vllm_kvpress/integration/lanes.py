@@ -209,22 +209,13 @@ def plan_of(
         num_layers: Layers of the model.
         query_dtype: The model's dtype.
     """
-    queries = queries_per_block(
-        spec.page_size_bytes, num_heads, spec.head_size, query_dtype.itemsize
-    )
-    if scorer.query_window and not queries:
-        raise UnsupportedModelError(
-            "one token's queries do not fit in a block",
-            got=f"{num_heads} query heads over {spec.num_kv_heads} KV heads, --block-size "
-            f"{spec.block_size}",
-            allowed="at most 2 * block size query heads for each KV head, half of it with fp8",
-            fix="Use a larger --block-size, or a scorer without queries (keydiff, knorm)",
-        )
     return make_plan(
         policy,
         scorer,
         block_size=spec.block_size,
-        queries_per_block=queries,
+        queries_per_block=queries_per_block(
+            spec.page_size_bytes, num_heads, spec.head_size, query_dtype.itemsize
+        ),
         positions_per_block=positions_per_block(spec.page_size_bytes, spec.num_kv_heads),
         cells=cells_of(policy.quantize, spec),
         loser_cells=cells_of(policy.quantize and policy.quantize.losers, spec),

@@ -172,16 +172,19 @@ class LaneRuntime:
             self.packed = PackedLane(self.vllm_config, pages)
         self._physical = PhysicalTables(plan, self.vllm_config, layers[0].kv_cache.device)
 
-    def _check_layer(self, name: str, layer: Any, context: dict[str, Any]) -> None:
+    def _check_whole_blocks(self, kv_cache: torch.Tensor) -> None:
         assert self.plan is not None
-        if layer.kv_cache.shape[2] != self.plan.block_size:
+        if kv_cache.shape[2] != self.plan.block_size:
             raise UnsupportedVLLMError(
                 "the attention backend splits blocks into smaller kernel blocks",
-                got=f"kernel blocks of {layer.kv_cache.shape[2]} tokens, --block-size "
+                got=f"kernel blocks of {kv_cache.shape[2]} tokens, --block-size "
                 f"{self.plan.block_size}",
                 allowed="a block size that the backend takes whole",
-                fix=f"Use --block-size {layer.kv_cache.shape[2]}",
+                fix=f"Use --block-size {kv_cache.shape[2]}",
             )
+
+    def _check_layer(self, name: str, layer: Any, context: dict[str, Any]) -> None:
+        self._check_whole_blocks(layer.kv_cache)
         for lane_name, lane in context.items():
             if getattr(lane, "base", None) is not layer:
                 continue
