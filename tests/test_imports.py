@@ -48,12 +48,15 @@ TABLE = {
     "packed_plan": (set(), {f"{OURS}.plan", f"{OURS}.errors"}),
     "demoting_plan": (set(), {f"{OURS}.plan", f"{OURS}.packed_plan", f"{OURS}.errors"}),
     "skip_groups": (set(), {f"{OURS}.errors"}),
-    "planner": (set(), PLANS),
+    "planner": (set(), {*PLANS, f"{OURS}.errors"}),
     "plan_rows": ({"numpy"}, PLANS),
     "window_plan": (set(), set()),
     "window_rows": ({"numpy"}, {f"{OURS}.window_plan"}),
     "head_groups": (set(), set()),
-    "head_figures": (set(), {f"{OURS}.window_plan", f"{OURS}.head_groups"}),
+    "head_figures": (
+        set(),
+        {f"{OURS}.window_plan", f"{OURS}.head_groups", f"{OURS}.packed_plan", f"{OURS}.planner"},
+    ),
     "head_rules": (set(), {f"{OURS}.errors"}),
     "layout": ({"numpy"}, {f"{OURS}.errors"}),
     "conflict_table": (set(), {f"{OURS}.errors"}),
@@ -205,7 +208,7 @@ from vllm_kvpress.policies import LayerObservation, resolve, select_tokens
 observation = LayerObservation(
     keys=torch.randn(2, 100, 16), values=torch.randn(2, 100, 16),
     queries=torch.randn(4, 32, 16), positions=torch.arange(100).repeat(2, 1),
-    layer_idx=0, first_kv_head=0, scale=0.25)
+    layer_idx=0, kv_heads=(0, 1), scale=0.25)
 for info in known_policies():
     scorer = resolve(load_policy(info.name))
     if scorer.selects == "all":

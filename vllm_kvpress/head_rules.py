@@ -69,8 +69,6 @@ def _check_evicting_heads(evict: Evict, traits: ScorerTraits) -> None:
         f"the scorer {shown(evict.scorer.label)}, which keeps a window": traits.selects != "tokens",
         f"the scorer {shown(evict.scorer.label)}, which ranks by all heads of a layer":
             traits.scope == "layer",
-        f"the scorer {shown(evict.scorer.label)}, which reads positions":
-            "positions" in traits.needs,
         "evict.when.every_decode_tokens above 0": evict.when.every_decode_tokens > 0,
     }  # fmt: skip
     found = [what for what, given in beside.items() if given]
@@ -79,7 +77,6 @@ def _check_evicting_heads(evict: Evict, traits: ScorerTraits) -> None:
             f"heads.plan does not go with {'; nor with '.join(found)}",
             got=f"the scorer {shown(evict.scorer.label)}, every_decode_tokens: "
             f"{evict.when.every_decode_tokens}",
-            allowed="in this version a scorer that ranks each head's tokens by keys, values, "
-            "queries, once, at the prompt's end",
+            allowed="a scorer that ranks each head's tokens, once, at the prompt's end",
             fix="Change that, or set heads.plan to all",
         )

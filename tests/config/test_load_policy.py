@@ -416,10 +416,6 @@ WRONG_TOGETHER = [
         ["heads.plan does not go with evict.when.every_decode_tokens", "at the prompt's end"],
     ),
     (
-        {"base": "random", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
-        ["heads.plan does not go with the scorer 'random', which reads positions"],
-    ),
-    (
         {"base": "streaming_llm", "heads": {"plan": "random", "retrieval_ratio": 0.5}},
         ["heads.plan does not go with the scorer 'position', which keeps a window"],
     ),
@@ -463,9 +459,13 @@ WRONG_TOGETHER = [
     (
         {
             "base": "duo-snapkv",
-            "evict": {"scorer": {"name": "random"}, "when": {"every_decode_tokens": 8}},
+            "evict": {
+                "scorer": {"name": "position"},
+                "budget": None,
+                "when": {"every_decode_tokens": 8},
+            },
         },
-        ["which reads positions; nor with evict.when", "got the scorer 'random', every_decode"],
+        ["which keeps a window; nor with evict.when", "got the scorer 'position', every_decode"],
     ),
 ]
 

@@ -38,6 +38,7 @@ class Row:
 CASES = {
     "even-snapkv": Row(PLANS["even"], EVICTING["snapkv"]),
     "straddling-knorm": Row(PLANS["straddling"], evicting("knorm", recent=RECENT)),
+    "straddling-random": Row(PLANS["straddling"], evicting("random", recent=RECENT)),
     "uneven-keydiff": Row(PLANS["uneven"], evicting("keydiff", recent=RECENT, keep_ratio=0.4)),
     "one-snapkv": Row(PLANS["one"], EVICTING["snapkv"]),
 }

@@ -39,7 +39,7 @@ def layer_of(seed=0, **impl):
     )
     given = {"scale": SIZE**-0.5, "logits_soft_cap": 0.0, "sinks": None, **impl}
     layer = SimpleNamespace(kv_cache=cache, impl=SimpleNamespace(**given))
-    return LayerPages("model.layers.0.attn", cache.view(BLOCKS, -1), cache, layer)
+    return LayerPages("model.layers.0.attn", cache.view(BLOCKS, -1), cache, layer, (0,))
 
 
 def plain_map():

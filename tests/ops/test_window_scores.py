@@ -240,7 +240,7 @@ def test_the_reference_is_the_scorer_bit_for_bit(pool, pool_size, dtype):
             queries=case.query[request].transpose(0, 1)[:, -length:],
             positions=None,
             layer_idx=0,
-            first_kv_head=0,
+            kv_heads=tuple(range(case.num_kv_heads)),
             scale=case.scale,
         )
         assert torch.equal(scores[request, :, :length], scorer.score(observation))

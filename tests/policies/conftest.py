@@ -16,7 +16,7 @@ def observe():
         window=8,
         dtype=torch.float32,
         layer_idx=3,
-        first_kv_head=0,
+        kv_heads=None,
         seed=42,
     ):
         generator = torch.Generator().manual_seed(seed)
@@ -30,7 +30,7 @@ def observe():
             queries=normal(num_kv_heads * group, window, head_dim) * 3,
             positions=torch.arange(num_tokens).repeat(num_kv_heads, 1) * 2 + 1,
             layer_idx=layer_idx,
-            first_kv_head=first_kv_head,
+            kv_heads=tuple(range(num_kv_heads)) if kv_heads is None else kv_heads,
             scale=head_dim**-0.5,
         )
 

@@ -81,7 +81,7 @@ def random(obs, scorer):
             (mix(mix(mix(mix(scorer.seed) ^ obs.layer_idx) ^ head) ^ position) >> 40) / 2**24
             for position in positions
         ]
-        for head, positions in enumerate(obs.positions.tolist(), obs.first_kv_head)
+        for head, positions in zip(obs.kv_heads, obs.positions.tolist(), strict=True)
     ]
 
 
@@ -192,7 +192,7 @@ def test_a_head_scores_alike_on_any_rank(observe, scorer):
         values=obs.values[2:],
         queries=obs.queries[4:],
         positions=obs.positions[2:],
-        first_kv_head=2,
+        kv_heads=obs.kv_heads[2:],
     )
 
     assert scorer.scope == "head"
@@ -272,7 +272,7 @@ def test_random_differs_by_layer_head_seed_and_position(observe):
     others = [
         RandomScorer(seed=1).score(observe()),
         RandomScorer(seed=0).score(observe(layer_idx=4)),
-        RandomScorer(seed=0).score(observe(first_kv_head=2)),
+        RandomScorer(seed=0).score(observe(kv_heads=(2, 5))),
     ]
 
     assert all((base != other).float().mean() > 0.99 for other in others)

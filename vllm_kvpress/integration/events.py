@@ -53,12 +53,14 @@ class LayerPages:
         pages: Its cache, [num_blocks, page_elements].
         queries: The same bytes in the model's dtype, as the query lane reads them.
         layer: vLLM's `Attention`.
+        kv_heads: Which of the model's KV heads it has here.
     """
 
     name: str
     pages: torch.Tensor
     queries: torch.Tensor
     layer: Any
+    kv_heads: tuple[int, ...]
 
     @property
     def layer_idx(self) -> int:
@@ -91,7 +93,7 @@ class EventRunner:
         scorer: Ranks the tokens.
         page_map: Where K and V lie in a page.
         layers: The layers, in the model's order.
-        vllm_config: For the number of KV heads across ranks.
+        vllm_config: The engine's configuration.
 
     Attributes:
         observer: For tests and debugging: called with (event, layer index, kept indices
@@ -112,7 +114,6 @@ class EventRunner:
         self.layers = layers
         self.observer: Observer | None = None
         self.label = f"scorer {type(scorer).__name__}"
-        self._first_kv_head = first_kv_head(vllm_config)
 
     def run(self, events: list[PendingEvent]) -> None:
         """Runs the events, in order, on every layer."""
@@ -181,7 +182,7 @@ class EventRunner:
             queries=self._queries(event, layer),
             positions=positions if "positions" in self.scorer.needs else None,
             layer_idx=layer.layer_idx,
-            first_kv_head=self._first_kv_head,
+            kv_heads=layer.kv_heads,
             scale=layer.impl.scale,
         )
         return self._scores(observation, self._label(layer))

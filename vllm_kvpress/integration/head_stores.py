@@ -30,7 +30,12 @@ from vllm.v1.kv_cache_interface import iter_layer_specs
 from vllm_kvpress.config import Policy
 from vllm_kvpress.errors import UnsupportedVLLMError
 from vllm_kvpress.integration.compat import rows_of, skip_slot_mappings
-from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
+from vllm_kvpress.integration.events import (
+    EventRunner,
+    LayerPages,
+    PendingEvent,
+    first_kv_head,
+)
 from vllm_kvpress.integration.head_lanes import RetrievalSpec, StreamSpec
 from vllm_kvpress.integration.lanes import (
     LaneSpec,
@@ -123,11 +128,15 @@ class LaneView:
     """A lane of retrieval heads in the shape of a layer, as events and attention look at it.
 
     Attributes:
-        impl: The stock impl for the lane's heads.
+        heads: KV heads, as this rank numbers them.
+        impl: The stock impl for them.
         runtime: Of the lane's run.
     """
 
-    def __init__(self, layer: Any, owner: Any, impl: Any, runtime: RunRuntime) -> None:
+    def __init__(
+        self, heads: Sequence[int], layer: Any, owner: Any, impl: Any, runtime: RunRuntime
+    ) -> None:
+        self.heads = heads
         self._layer = layer
         self._owner = owner
         self.impl = impl
@@ -234,12 +243,13 @@ class RunRuntime(LaneRuntime):
         skip_slot_mappings(runner, private)
         dtype = self.vllm_config.model_config.dtype
         by_size: dict[int, list[LayerPages]] = {}
+        first = first_kv_head(self.vllm_config)
         for name, lane in self.lanes.items():
             self._check_lane(name, lane)
             pages = flat_pages(lane.kv_cache)
             queries = pages.view(dtype)
             lane.impl.query_pages = queries
-            one = LayerPages(name, pages, queries, lane)
+            one = LayerPages(name, pages, queries, lane, tuple(first + head for head in lane.heads))
             by_size.setdefault(lane.kv_cache.shape[1], []).append(one)
         maps = [(PageMap.learn(lanes[0].layer, dtype), lanes) for lanes in by_size.values()]
         self.events = RunEvents(
@@ -335,7 +345,7 @@ def join_run(lane: Any, name: str, layer: Any, owner: Any, impl: Any, spec: Any)
         runs.streaming.setdefault(lane.run, []).append(owner)
         return
     runtime = runs.runtimes[lane.run]
-    impl.lane = runtime.lanes[name] = LaneView(layer, owner, impl, runtime)
+    impl.lane = runtime.lanes[name] = LaneView(lane.heads, layer, owner, impl, runtime)
     context = runtime.vllm_config.compilation_config.static_forward_context
     for suffix, spec_cls in private_lanes(spec.plan).items():
         context[f"{name}.{suffix}"] = LaneLayer(suffix, spec_cls, owner)

@@ -25,7 +25,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvpress import plan_rows
 from vllm_kvpress.errors import UnsupportedVLLMError
 from vllm_kvpress.integration.compat import Rows, rows_of, skip_slot_mappings
-from vllm_kvpress.integration.events import EventRunner, LayerPages, PendingEvent
+from vllm_kvpress.integration.events import (
+    EventRunner,
+    LayerPages,
+    PendingEvent,
+    first_kv_head,
+)
 from vllm_kvpress.integration.lanes import PrivateSpec, plan_in
 from vllm_kvpress.integration.packed import PackedEventRunner
 from vllm_kvpress.integration.packed_attention import StoreAttention
@@ -151,12 +156,14 @@ class LaneRuntime:
         dtype = self.vllm_config.model_config.dtype
         page_map = PageMap.learn(layers[0], dtype) if plan.store else None
         pages = []
+        first = first_kv_head(self.vllm_config)
+        kv_heads = tuple(range(first, first + layers[0].kv_cache.shape[1]))
         for name, layer in zip(self.layer_names, layers, strict=True):
             layer_pages = flat_pages(layer.kv_cache)
             queries = layer_pages.view(dtype)
             if plan.query_window:
                 layer.impl.query_pages = queries
-            pages.append(LayerPages(name, layer_pages, queries, layer))
+            pages.append(LayerPages(name, layer_pages, queries, layer, kv_heads))
         self._pages = [layer_pages.pages for layer_pages in pages]
         for group in groups:
             if isinstance(group.kv_cache_spec, SkippedSpec):

@@ -24,7 +24,8 @@ class LayerObservation:
         positions: int64 [num_kv_heads, num_tokens], the tokens' positions in the request. None
             unless the scorer needs "positions".
         layer_idx: index of the layer in the model.
-        first_kv_head: global index of the local KV head 0 (above 0 under tensor parallelism).
+        kv_heads: which of the model's KV heads these are, [num_kv_heads]: under tensor parallelism
+            a rank's, under a head plan some retrieval heads of a layer, ascending.
         scale: the model's softmax scale, applied to q·k.
     """
 
@@ -33,12 +34,12 @@ class LayerObservation:
     queries: torch.Tensor | None
     positions: torch.Tensor | None
     layer_idx: int
-    first_kv_head: int
+    kv_heads: tuple[int, ...]
     scale: float
 
     @property
     def num_kv_heads(self) -> int:
-        """KV heads of this layer on this rank."""
+        """KV heads that are observed together."""
         return self.keys.shape[0]
 
     @property

@@ -48,7 +48,7 @@ class RandomScorer(Scorer):
         if observation.positions is None:
             raise ScoreError("the scorer 'random' needs positions", got="none")
         device = observation.keys.device
-        heads = torch.arange(observation.num_kv_heads, device=device) + observation.first_kv_head
+        heads = torch.tensor(observation.kv_heads, device=device)
         seed = torch.tensor(self.seed, dtype=torch.int64, device=device)
         state = _mix(_mix(_mix(seed) ^ observation.layer_idx) ^ heads)
         state = _mix(state[:, None] ^ observation.positions)
