@@ -43,7 +43,8 @@ TABLE = {
     "sources": ({"yaml"}, LEAVES),
     "overrides": (set(), LEAVES),
     "schema": ({"pydantic"}, {f"{OURS}.errors"}),
-    "config": ({"pydantic", "pydantic_core"}, {*LEAVES, f"{OURS}.head_rules"}),
+    "config": ({"pydantic", "pydantic_core"}, LEAVES),
+    "scorer_rules": (set(), {f"{OURS}.errors", f"{OURS}.head_rules"}),
     "plan": (set(), {f"{OURS}.errors", f"{OURS}.layout"}),
     "packed_plan": (set(), {f"{OURS}.plan", f"{OURS}.errors"}),
     "demoting_plan": (set(), {f"{OURS}.plan", f"{OURS}.packed_plan", f"{OURS}.errors"}),
@@ -62,7 +63,13 @@ TABLE = {
     "conflict_table": (set(), {f"{OURS}.errors"}),
     "policies": (
         {"torch", "pydantic"},
-        {*LEAVES, f"{OURS}.layout", f"{OURS}.kernels.window_scores", f"{OURS}.policies"},
+        {
+            *LEAVES,
+            f"{OURS}.scorer_rules",
+            f"{OURS}.layout",
+            f"{OURS}.kernels.window_scores",
+            f"{OURS}.policies",
+        },
     ),
     "kernels": ({"torch", "triton"}, {f"{OURS}.kernels"}),
     "cli": (

@@ -1,4 +1,4 @@
-"""What a head plan goes with, and what it does not: the rules beside those of `config.py`."""
+"""What a head plan goes with, and what it does not: rules beside those of `scorer_rules.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from vllm_kvpress.errors import ConfigError, shown
 
 if TYPE_CHECKING:
-    from vllm_kvpress.config import Policy, ScorerTraits
+    from vllm_kvpress.config import Policy
     from vllm_kvpress.schema import Evict, Quantize
+    from vllm_kvpress.scorer_rules import ScorerTraits
 
 __all__ = ["check_heads_beside"]
 

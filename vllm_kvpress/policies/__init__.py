@@ -1,12 +1,13 @@
 """What a policy is made of: pure functions of tensors. Imports torch, never vLLM."""
 
-from vllm_kvpress.config import Policy, check_policy
+from vllm_kvpress.config import Policy
 from vllm_kvpress.policies.codecs import store_format
 from vllm_kvpress.policies.heads.windowed import check_windowed
 from vllm_kvpress.policies.observation import LayerObservation
 from vllm_kvpress.policies.registry import known_scorers, make_scorer
 from vllm_kvpress.policies.scorer import KeepAll, Scorer
 from vllm_kvpress.policies.selection import select_tokens
+from vllm_kvpress.scorer_rules import check_policy
 
 __all__ = [
     "LayerObservation",
