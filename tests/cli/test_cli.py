@@ -581,3 +581,10 @@ def test_explain_says_where_ranks_leave_no_head_to_stream(run, tmp_path):
 
     assert "No head streams: every rank" in run(*words, "4")[1]
     assert "No head streams" not in run(*words, "2")[1]
+
+
+def test_explain_tells_the_side_that_stays_exact(run):
+    text = ": tokens are quantized as they are written"
+
+    for policy, exact in (("int4", "nothing"), ("int4:keys=none,rotate=none", "keys")):
+        assert f"{exact}{text}" in run("explain", policy, "--model", "testbed")[1]

@@ -291,7 +291,9 @@ def _add_precision(table: Table, policy: Policy, plan: RetentionPlan, cache: Cac
         return
     table.add_row("precision", f"keys {quantize.keys}, values {quantize.values}")
     if not isinstance(plan, PackedPlan):
-        table.add_row("exact", "nothing: tokens are quantized as they are written, and read so")
+        sides = {"keys": quantize.keys, "values": quantize.values}
+        exact = " and ".join(side for side, codec in sides.items() if codec == "none") or "nothing"
+        table.add_row("exact", f"{exact}: tokens are quantized as they are written, and read so")
         return
     if quantize.losers is not None:
         losers = quantize.losers
