@@ -186,6 +186,10 @@ def _head_builder(inner_builder: type[Any]) -> type[Any]:
         # The number of rows of a step varies: no graph over a whole step.
         _cudagraph_support = AttentionCGSupport.NEVER
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.head_runs = head_runs(self.vllm_config)
+
         def build(
             self,
             common_prefix_len: int,
@@ -194,7 +198,7 @@ def _head_builder(inner_builder: type[Any]) -> type[Any]:
         ) -> Any:
             spec, common = self.kv_cache_spec, common_attn_metadata
             query_window = compensation = stores = None
-            runs = head_runs(self.vllm_config)
+            runs = self.head_runs
             if isinstance(spec, StreamSpec) and runs is not None:
                 runs.clear_streaming(spec.run, common, spec.block_size)
             if isinstance(spec, StreamSpec) and spec.window.compensates:
