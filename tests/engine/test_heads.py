@@ -108,6 +108,16 @@ def check_blocks(traces, plan):
             assert held == expected_blocks(plan, start, end), (len(trace.prompt), start, end)
 
 
+def check_figures(engine, traces):
+    """No request of the mixed batch holds more than the log and `explain` say."""
+    figures = figures_of(engine.runner.vllm_config)
+    for trace, outputs in zip(traces, NUM_OUTPUTS, strict=True):
+        held = [len(held_by(step, "")) for step in trace.held]
+
+        assert max(held) <= figures.peak_blocks(len(trace.prompt), outputs - 1)
+        assert held[-1] == figures.steady_blocks(len(trace.prompt), outputs - 1)
+
+
 def test_log_probabilities_equal_the_reference(plan, mixed, dense):
     check(mixed, dense, plan)
     assert [len(trace.outputs) for trace in mixed] == list(NUM_OUTPUTS)
@@ -138,12 +148,7 @@ def test_blocks_held_are_the_plan_s_at_every_step(plan, mixed):
 
 
 def test_no_request_holds_more_than_explain_says(plan, engine, mixed):
-    figures = figures_of(engine.runner.vllm_config)
-    for trace, outputs in zip(mixed, NUM_OUTPUTS, strict=True):
-        held = [len(held_by(step, "")) for step in trace.held]
-
-        assert max(held) <= figures.peak_blocks(len(trace.prompt), outputs - 1)
-        assert held[-1] == figures.steady_blocks(len(trace.prompt), outputs - 1)
+    check_figures(engine, mixed)
 
 
 def test_blocks_leave_while_the_prompt_is_computed(plan, mixed):

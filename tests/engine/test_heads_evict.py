@@ -11,9 +11,8 @@ from engine.cases import LENGTHS, NUM_OUTPUTS, Case, evicting, mixed_prompts
 from engine.compare import FELT, compare
 from engine.compare import expected_blocks as expected_of_a_run
 from engine.harness import BLOCK, Engine
-from engine.test_heads import CHUNK, PLANS, Plan, another_head, held_by
+from engine.test_heads import CHUNK, PLANS, Plan, another_head, check_figures, held_by
 from engine.test_heads import expected_blocks as expected_of_heads
-from vllm_kvpress.integration.head_attention import figures_of
 
 SINKS, RECENT = 4, 40
 
@@ -116,12 +115,7 @@ def test_blocks_held_are_the_plan_s_at_every_step(row, mixed):
 
 
 def test_no_request_holds_more_than_explain_says(engine, mixed):
-    figures = figures_of(engine.runner.vllm_config)
-    for trace, outputs in zip(mixed, NUM_OUTPUTS, strict=True):
-        held = [len(held_by(step, "")) for step in trace.held]
-
-        assert max(held) <= figures.peak_blocks(len(trace.prompt), outputs - 1)
-        assert held[-1] == figures.steady_blocks(len(trace.prompt), outputs - 1)
+    check_figures(engine, mixed)
 
 
 @pytest.mark.parametrize("chunk", [64, 512])

@@ -22,11 +22,10 @@ from engine.test_heads import (
     Plan,
     another_head,
     check_blocks,
-    held_by,
+    check_figures,
 )
 from engine.test_packed_lane import CASES as WRITTEN
 from engine.test_packed_lane import SHARE, Case, check, compare
-from vllm_kvpress.integration.head_attention import figures_of
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,7 @@ def test_blocks_held_are_the_plan_s_at_every_step(row, mixed):
 
 
 def test_no_request_holds_more_than_explain_says(engine, mixed):
-    figures = figures_of(engine.runner.vllm_config)
-    for trace, outputs in zip(mixed, NUM_OUTPUTS, strict=True):
-        held = [len(held_by(step, "")) for step in trace.held]
-
-        assert max(held) <= figures.peak_blocks(len(trace.prompt), outputs - 1)
-        assert held[-1] == figures.steady_blocks(len(trace.prompt), outputs - 1)
+    check_figures(engine, mixed)
 
 
 def test_a_block_has_the_packed_bytes_of_the_longest_run(row, engine):

@@ -20,12 +20,19 @@ from engine.compare import compare
 from engine.harness import BLOCK, Engine
 from engine.test_demoted import CASES as DEMOTED
 from engine.test_demoted import held_blocks as expected_of_demoting_lanes
-from engine.test_heads import CHUNK, FP8_TOLERANCE, PLANS, Plan, another_head, held_by
+from engine.test_heads import (
+    CHUNK,
+    FP8_TOLERANCE,
+    PLANS,
+    Plan,
+    another_head,
+    check_figures,
+    held_by,
+)
 from engine.test_heads import expected_blocks as expected_of_heads
 from engine.test_packed import CASES as PACKED
 from engine.test_packed import Case
 from engine.test_packed import expected_blocks as expected_of_lanes
-from vllm_kvpress.integration.head_attention import figures_of
 from vllm_kvpress.integration.head_lanes import StreamSpec
 
 
@@ -162,12 +169,7 @@ def test_blocks_held_are_the_plan_s_at_every_step(row, mixed):
 
 
 def test_no_request_holds_more_than_explain_says(engine, mixed):
-    figures = figures_of(engine.runner.vllm_config)
-    for trace, outputs in zip(mixed, NUM_OUTPUTS, strict=True):
-        held = [len(held_by(step, "")) for step in trace.held]
-
-        assert max(held) <= figures.peak_blocks(len(trace.prompt), outputs - 1)
-        assert held[-1] == figures.steady_blocks(len(trace.prompt), outputs - 1)
+    check_figures(engine, mixed)
 
 
 def test_a_block_has_the_exact_bytes_of_the_longest_run(row, engine):
