@@ -93,7 +93,6 @@ class EventRunner:
         scorer: Ranks the tokens.
         page_map: Where K and V lie in a page.
         layers: The layers, in the model's order.
-        vllm_config: The engine's configuration.
 
     Attributes:
         observer: For tests and debugging: called with (event, layer index, kept indices
@@ -106,7 +105,6 @@ class EventRunner:
         scorer: Scorer,
         page_map: PageMap,
         layers: list[LayerPages],
-        vllm_config: VllmConfig,
     ) -> None:
         self.plan = plan
         self.scorer = scorer

@@ -35,7 +35,7 @@ class PackedEventRunner(EventRunner):
         layers: list[LayerPages],
         vllm_config: VllmConfig,
     ) -> None:
-        super().__init__(plan, scorer, page_map, layers, vllm_config)
+        super().__init__(plan, scorer, page_map, layers)
         self.nonfinite = NonfiniteNumbers(layers[0].pages.device)
         self.stores = _stores_of(vllm_config, layers[0], self.nonfinite)
         form = attention_form(layers[0].pages.device)

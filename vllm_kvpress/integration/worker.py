@@ -312,9 +312,10 @@ def event_runner(
     layers: list[LayerPages],
     vllm_config: VllmConfig,
 ) -> EventRunner:
-    """Returns what runs the events of a plan that has a store; arguments as of `EventRunner`."""
-    runner_cls = PackedEventRunner if isinstance(plan, PackedPlan) else EventRunner
-    return runner_cls(plan, scorer, page_map, layers, vllm_config)
+    """Returns what runs the events of a plan that has a store; see `EventRunner`."""
+    if isinstance(plan, PackedPlan):
+        return PackedEventRunner(plan, scorer, page_map, layers, vllm_config)
+    return EventRunner(plan, scorer, page_map, layers)
 
 
 def foreign_bytes(plan: RetentionPlan, quantized: bool) -> bool:
