@@ -209,8 +209,8 @@ def _attach_lanes(original: Callable[..., None]) -> Callable[..., None]:
 
         num_blocks = self.kv_cache_config.num_blocks
         runs = head_runs(self.vllm_config)
-        for of_run in runs.runtimes.values() if runs is not None else ():
-            of_run.attach(self)
+        if runs is not None:
+            runs.attach(self)
         figures = figures_of(self.vllm_config)
         if figures is not None and not is_profiling:
             log_summary(

@@ -278,7 +278,7 @@ def figures_of(vllm_config: VllmConfig) -> HeadFigures | None:
     block_size = vllm_config.cache_config.block_size
     window = WindowPlan.from_policy(policy, block_size)
     runs = head_runs(vllm_config)
-    retention = runs.runtimes[0].plan if runs is not None and runs.runtimes else None
+    retention = None if runs is None else runs.runtimes[0].plan
     return HeadFigures(groups, window, vllm_config.max_in_flight_tokens, retention)
 
 

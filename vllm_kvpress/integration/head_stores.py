@@ -199,18 +199,11 @@ class RunAttention:
         return [form.step(common, tables, num_tokens) for form in self._forms]
 
     def attend(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        step: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        self, layer: Any, query: torch.Tensor, step: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Writes a lane's attention output; see `PackedAttention.attend`."""
         number = self._form_of[id(layer)]
-        scales = output_scale, output_block_scale
-        return self._forms[number].attend(layer, query, step[number], output, *scales)
+        return self._forms[number].attend(layer, query, step[number], *args, **kwargs)
 
 
 class RunRuntime(LaneRuntime):
@@ -284,8 +277,10 @@ class RunRuntime(LaneRuntime):
             block_size: Tokens in a block.
             pages: Those lanes', each [num_blocks, page_elements].
         """
+        if not self._foreign_bytes:
+            return
         rows = rows_of(self._runner() if self._runner else None, common)
-        if rows is not None and self._foreign_bytes:
+        if rows is not None:
             clear_fresh(rows, block_size, common.block_table_tensor, pages)
 
 
@@ -294,14 +289,24 @@ class HeadRuns:
     """The runs of a head plan whose retrieval heads have stores, on one worker.
 
     Attributes:
-        runtimes: Of the runs of retrieval heads, by run.
+        runtimes: Of the runs of retrieval heads, by run; from 0 on, there is one at least.
         streaming: What owns the caches of streaming lanes, by run.
     """
 
     runtimes: dict[int, RunRuntime]
     streaming: dict[int, list[Any]] = field(default_factory=dict)
+    _pages: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # of `streaming`
     _built: dict[int, tuple[CommonAttentionMetadata, Step]] = field(default_factory=dict)
     _cleared: CommonAttentionMetadata | None = None
+
+    def attach(self, runner: Any) -> None:
+        """Binds the runner and its allocated caches; see `LaneRuntime.attach`."""
+        for runtime in self.runtimes.values():
+            runtime.attach(runner)
+        self._pages = {
+            run: [flat_pages(owner.kv_cache) for owner in owners]
+            for run, owners in self.streaming.items()
+        }
 
     def begin_step(self, run: int, common: CommonAttentionMetadata) -> Step:
         """Returns the physical metadata of a run's step; lanes of several sizes ask once each.
@@ -312,7 +317,7 @@ class HeadRuns:
         """
         if run in self._built and self._built[run][0] is common:
             return self._built[run][1]
-        if run == min(self.runtimes):
+        if run == 0:
             for runtime in self.runtimes.values():
                 runtime.run_pending()
         self._built[run] = common, self.runtimes[run].begin_step(common)
@@ -320,11 +325,9 @@ class HeadRuns:
 
     def clear_streaming(self, run: int, common: CommonAttentionMetadata, block_size: int) -> None:
         """Zeroes the blocks that a step begins in a run of streaming heads; after `begin_step`."""
-        if self._cleared is common or not self.runtimes:
-            return
-        self._cleared = common
-        pages = [flat_pages(owner.kv_cache) for owner in self.streaming[run]]
-        next(iter(self.runtimes.values())).clear_for(common, block_size, pages)
+        if self._cleared is not common:
+            self._cleared = common
+            self.runtimes[0].clear_for(common, block_size, self._pages.get(run, []))
 
 
 def join_run(lane: Any, name: str, layer: Any, owner: Any, impl: Any, spec: Any) -> None:
