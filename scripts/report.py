@@ -162,8 +162,15 @@ def codec_table(results: Results) -> str:
         f"and the paired difference in points; ± one standard error over documents. "
         f"{DIVERGENCE_LEGEND}{MEMORY_LEGEND} {evaluated(records)}"
     )
-    header = ["policy", "kept", "right, %", "minus full cache", "KL, nats", "same token, %"]
-    header.append("memory, %")
+    header = [
+        "policy",
+        "kept",
+        "right, %",
+        "minus full cache",
+        "KL, nats",
+        "same token, %",
+        "memory, %",
+    ]
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 

@@ -181,9 +181,8 @@ class Policy(Part):
 
         A scorer picks them, or a codec that cannot pack tokens as they are written waits for them.
         """
-        if self.quantize is None or self.quantize.is_fp8:
-            return self.evict is not None
-        return self.evict is not None or not self.packs_on_write
+        packs = self.quantize is not None and not self.quantize.is_fp8
+        return self.evict is not None or (packs and not self.packs_on_write)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON-able data from which `from_json` rebuilds an equal policy."""

@@ -149,11 +149,12 @@ class HeadFigures:
 
     def drops(self, num_prompt_tokens: int, num_output_tokens: int = 1) -> tuple[bool, bool]:
         """Returns whether retrieval heads, and streaming heads, drop tokens of such a request."""
-        total, read = num_prompt_tokens + num_output_tokens, num_prompt_tokens + num_output_tokens
-        if self.retention is not None:
-            read = self.retention.physical_tokens(num_prompt_tokens, total - 1, total)
+        total, plan = num_prompt_tokens + num_output_tokens, self.retention
+        evicts = (
+            plan is not None and plan.physical_tokens(num_prompt_tokens, total - 1, total) < total
+        )
         last_block = (total - 1) // self.block_size
-        return read < total, bool(self.groups.runs.streaming and self.window.gap(last_block))
+        return evicts, bool(self.groups.runs.streaming and self.window.gap(last_block))
 
     def requests_at_once(
         self, num_blocks: int, num_prompt_tokens: int, num_output_tokens: int = 1
